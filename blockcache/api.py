@@ -1,0 +1,227 @@
+"""What users call: enable, disable, enabled, summary, plan_for."""
+
+import hashlib
+import json
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+from torch import nn
+
+from blockcache import methods
+from blockcache.engine.blocks import Blocks, find_blocks
+from blockcache.engine.hooks import Attachment, attachment_of
+from blockcache.engine.runner import Runner
+from blockcache.engine.summary import Summary, summarise
+from blockcache.errors import BlockCacheError, PlanError, UnsupportedModelError
+from blockcache.methods.presets import BUDGETS, preset
+from blockcache.plan import (
+    Fingerprint,
+    Gate,
+    Layout,
+    MaskTable,
+    Plan,
+    Recipe,
+    Site,
+    even_steps,
+    steps_from_sigmas,
+)
+
+logger = logging.getLogger("blockcache")
+
+T = TypeVar("T")
+What = str | Path | Recipe | Plan
+
+_DENOISERS = ("transformer", "transformer_2", "unet", "prior")
+
+
+def enable(target: T, what: What = "balanced", *, scheduler: Any = None) -> T:
+    """Make `target` faster from its next call on, at the price of somewhat different pictures.
+
+    Enabling again replaces what was enabled before. Nothing is allocated until the first call.
+
+    Args:
+        target: A diffusers pipeline, or a denoiser (transformer or U-Net) by itself.
+        what: "quality", "balanced" or "fast"; a recipe's name; a `Recipe`; a `Plan`; or the path
+            of a plan file.
+        scheduler: Only for a denoiser driven by a loop of your own: the scheduler of that loop.
+            Pipelines are found without it.
+
+    Returns:
+        `target` itself.
+
+    Raises:
+        UnsupportedModelError: no denoiser, or no blocks in it, or diffusers' own cache is on.
+        PlanError: an unknown word, a bad plan, or a site that does not fit the model.
+        PlanMismatchError: a plan that was made for another model.
+    """
+    chosen = read(what)
+    prepared = [(model, _runner(model, chosen, scheduler)) for model in denoisers(target).values()]
+    disable(target)
+    for model, runner in prepared:
+        Attachment(runner, model, [block.module for block in runner.blocks])
+        name, count = type(model).__name__, len(runner.blocks)
+        logger.info("%s: enabled %s on %d blocks", name, runner.recipe.name, count)
+    return target
+
+
+def disable(target: T) -> T:
+    """Give `target` back exactly as it was. Does nothing where nothing is enabled."""
+    for model in denoisers(target).values():
+        attachment = attachment_of(model)
+        if attachment is not None:
+            attachment.detach()
+    return target
+
+
+@contextmanager
+def enabled(target: T, what: What = "balanced", *, scheduler: Any = None) -> Iterator[T]:
+    """`enable` for the length of a `with` block; afterwards `disable`, whatever happened."""
+    enable(target, what, scheduler=scheduler)
+    try:
+        yield target
+    finally:
+        disable(target)
+
+
+def summary(target: Any) -> Summary:
+    """What the last run did: steps and blocks reused, changes, drift estimate, cache size.
+
+    Raises:
+        BlockCacheError: nothing is enabled on `target`.
+    """
+    runners = enabled_runners(target)
+    if not runners:
+        raise BlockCacheError("nothing is enabled here; call blockcache.enable(...) first")
+    return summarise(runners)
+
+
+def plan_for(target: Any, what: What = "balanced", steps: int = 50, sigmas: Any = None) -> Plan:
+    """`what` evaluated for this model and step count, as a plan that can be saved.
+
+    Args:
+        target: A pipeline or denoiser; of a pipeline with two denoisers the first is taken.
+        what: As for `enable`.
+        steps: Steps of the run.
+        sigmas: Noise levels of those steps; without them the plan travels to other step counts by
+            share of the run.
+
+    Raises:
+        PlanError, UnsupportedModelError: as for `enable`.
+    """
+    if steps < 1:
+        raise PlanError(f"steps must be at least 1, got {steps}")
+    chosen = read(what)
+    if isinstance(chosen, Plan):
+        return chosen
+    model = next(iter(denoisers(target).values()))
+    blocks = find_blocks(model)
+    places = even_steps(steps) if sigmas is None else steps_from_sigmas(list(sigmas)[:steps])
+    sampler = type(getattr(target, "scheduler", None)).__name__
+    mark = fingerprint(model, blocks, "" if sampler == "NoneType" else sampler)
+    return Plan.make(chosen, mark, places, Layout((len(blocks),), blocks.unet))
+
+
+def denoisers(target: Any) -> dict[str, nn.Module]:
+    """The denoisers of a pipeline by component name, or a denoiser itself under "".
+
+    Raises:
+        UnsupportedModelError: there is none.
+    """
+    if isinstance(target, nn.Module):
+        return {"": getattr(target, "_orig_mod", target)}
+    found = {
+        name: getattr(part, "_orig_mod", part)
+        for name in _DENOISERS
+        if isinstance(part := getattr(target, name, None), nn.Module)
+    }
+    if not found:
+        parts = sorted(getattr(target, "components", {}))
+        raise UnsupportedModelError(
+            f"{type(target).__name__} has no denoiser under a known name "
+            f"({', '.join(_DENOISERS)}); its parts: {', '.join(parts) or 'none'}. "
+            "Pass the denoiser itself."
+        )
+    return found
+
+
+def read(what: What) -> Recipe | Plan:
+    """Turn a word, name or path into a recipe or plan.
+
+    Raises:
+        PlanError: nothing of that name, or a bad plan file.
+    """
+    if isinstance(what, (Recipe, Plan)):
+        return what
+    if isinstance(what, Path):
+        return Plan.load(what)
+    if not isinstance(what, str):
+        raise PlanError(f"expected a word, recipe, plan or path, got {type(what).__name__}")
+    if what in BUDGETS:
+        return preset(what)
+    if what in methods.names():
+        return methods.by_name(what)
+    if what.endswith(".json") or "/" in what:
+        return Plan.load(what)
+    known = ", ".join((*BUDGETS, *methods.names()))
+    raise PlanError(f"unknown preset or recipe {what!r} (known: {known}; or a plan file *.json)")
+
+
+def fingerprint(model: nn.Module, blocks: Blocks, sampler: str = "") -> Fingerprint:
+    """What a plan for this model is marked with."""
+    config = {k: v for k, v in dict(getattr(model, "config", {})).items() if not k.startswith("_")}
+    text = json.dumps(config, sort_keys=True, default=str)
+    digest = hashlib.sha256(text.encode()).hexdigest()[:16]
+    weights = next(model.parameters(), None)
+    dtype = "" if weights is None else str(weights.dtype).removeprefix("torch.")
+    return Fingerprint(type(model).__name__, digest, len(blocks), sampler, dtype)
+
+
+def enabled_runners(target: Any) -> dict[str, Runner]:
+    """The runners of the enabled denoisers by component name."""
+    found = {name: attachment_of(model) for name, model in denoisers(target).items()}
+    return {n: a.engine for n, a in found.items() if a and isinstance(a.engine, Runner)}
+
+
+def _runner(model: nn.Module, chosen: Recipe | Plan, scheduler: Any) -> Runner:
+    if getattr(model, "is_cache_enabled", False):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has diffusers' own cache enabled; call disable_cache() first"
+        )
+    blocks = find_blocks(model)
+    if isinstance(chosen, Plan):
+        chosen.fingerprint.check(fingerprint(model, blocks))
+    recipe = chosen.recipe if isinstance(chosen, Plan) else chosen
+    check_sites(recipe, blocks)
+    return Runner(model, blocks, recipe, scheduler)
+
+
+def check_sites(recipe: Recipe, blocks: Blocks) -> None:
+    """Refuse sites that do not fit the model.
+
+    Raises:
+        PlanError: a site outside the model, of a kind not available, or a gate without a probe.
+    """
+    for rule in recipe.rules:
+        if rule.site.scope not in ("stack", "span", "block"):
+            raise PlanError(f"site {rule.site.scope!r} is not available (stack, span, block are)")
+        lo, _ = rule.site.limits(len(blocks))
+        if isinstance(rule.policy, Gate) and lo == 0:
+            raise PlanError("a gate needs blocks in front of its site; use Site('span', 1)")
+        if isinstance(rule.policy, MaskTable):
+            check_rows(rule.policy, rule.site, blocks)
+
+
+def check_rows(table: MaskTable, site: Site, blocks: Blocks) -> None:
+    """Refuse a mask table whose number of rows cannot fit its site.
+
+    Raises:
+        PlanError: neither one row nor one per unit.
+    """
+    rows, units = len(table.computed), len(site.units(Layout((len(blocks),), blocks.unet)))
+    if rows not in (1, units):
+        raise PlanError(
+            f"the mask table has {rows} rows, the {site.scope} site {units} units: give one or {units}"
+        )

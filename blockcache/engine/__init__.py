@@ -1,0 +1,1 @@
+"""The machine: block discovery, hooks, tracking and the runner."""

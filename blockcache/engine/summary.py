@@ -1,0 +1,70 @@
+"""The summary: one screen for people, one dictionary for programs."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from blockcache.engine.runner import Runner
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Figures of the last run of each enabled denoiser. `str` gives one screen."""
+
+    models: tuple[dict[str, Any], ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        """The figures of the first denoiser; those of all are under "models"."""
+        return {**self.models[0], "models": list(self.models)}
+
+    def __str__(self) -> str:
+        """One screen."""
+        return "\n".join(_screen(model) for model in self.models)
+
+
+def summarise(runners: dict[str, Runner]) -> Summary:
+    """Read the figures off the runners."""
+    return Summary(tuple(_figures(name, runner) for name, runner in runners.items()))
+
+
+def _figures(name: str, runner: Runner) -> dict[str, Any]:
+    run = runner.last_run
+    branches = [branch.as_dict() for branch in run.branches] if run else []
+    return {
+        "part": name,
+        "model": type(runner.denoiser).__name__,
+        "recipe": runner.recipe.name,
+        "branches": branches,
+        "cache_bytes": run.cache_bytes if run else 0,
+        "skipped_fraction": run.skipped_fraction() if run else 0.0,
+        "reasons": dict(run.reasons) if run else {},
+    }
+
+
+def _screen(model: dict[str, Any]) -> str:
+    lines = [f"blockcache  {model['model']}  {model['recipe']}"]
+    if not model["branches"]:
+        return lines[0] + "\nno run yet"
+    lines.append("branch  steps  computed  reused  change min/median/max   drift estimate")
+    for branch in model["branches"]:
+        change, drift = branch["change"], branch["drift_db"]
+        seen = "-" if change is None else "{min:.3f} / {median:.3f} / {max:.3f}".format(**change)
+        shown = "-" if drift is None else f"{drift:.0f} dB"
+        lines.append(
+            f"{branch['name']:6}  {branch['steps']:5}  {branch['computed']:8}  "
+            f"{branch['reused']:6}  {seen:23}  {shown}"
+        )
+    skipped = f"block calls skipped: {100 * model['skipped_fraction']:.0f} %"
+    lines.append(f"{skipped}   cache {model['cache_bytes'] / 2**20:.2f} MiB   {_shares(model)}")
+    lines += [f"{reason}: {count} times" for reason, count in model["reasons"].items()]
+    return "\n".join(lines)
+
+
+def _shares(model: dict[str, Any]) -> str:
+    """Which rule decided what share of all decisions."""
+    totals: dict[str, int] = {}
+    for branch in model["branches"]:
+        for who, count in branch["decided"].items():
+            totals[who] = totals.get(who, 0) + count
+    all_of_them = sum(totals.values()) or 1
+    shares = sorted(totals.items(), key=lambda item: -item[1])
+    return "decided by: " + ", ".join(f"{w} {100 * c / all_of_them:.0f} %" for w, c in shares)

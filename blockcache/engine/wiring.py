@@ -1,0 +1,253 @@
+"""What flows in and out of the blocks, seen in one full forward.
+
+A *stream* is a tensor that a block hands on to the next one (image tokens, text tokens, audio).
+The first forward of every branch computes everything and is watched: an output that *is* the
+object which the next block receives names its stream. Nothing relies on class names.
+"""
+
+import ast
+import inspect
+import textwrap
+import weakref
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from blockcache.engine.blocks import Block, Blocks
+
+Path = tuple[int, ...]
+"""Position of a leaf in a block's output; () is the output itself."""
+
+
+@dataclass(frozen=True)
+class Gap:
+    """A tensor of an output that no stream fills: shape, dtype and device only."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
+
+    def fill(self) -> torch.Tensor:
+        """A tensor of this form without memory of its own. Only skipped blocks ever read it."""
+        return torch.zeros((), dtype=self.dtype, device=self.device).expand(self.shape)
+
+
+@dataclass(frozen=True)
+class Port:
+    """The streams of one block in one branch.
+
+    inputs, outputs: stream name to parameter name and to output position. form: the output with
+    every tensor replaced by a Gap, to build outputs of skipped blocks from.
+    """
+
+    inputs: dict[str, str]
+    outputs: dict[str, Path]
+    form: Any
+
+    def extras(self) -> dict[str, Path]:
+        """Output tensors that belong to no stream, such as a U-Net's skip connections."""
+        streams = set(self.outputs.values())
+        return {
+            f"+{'.'.join(map(str, path))}": path
+            for path, leaf in leaves(self.form)
+            if isinstance(leaf, Gap) and path not in streams
+        }
+
+    def build(self, values: dict[str, torch.Tensor]) -> Any:
+        """An output in this block's form, from stream (and extra) values by name."""
+        by_path = {
+            path: values[name]
+            for name, path in (self.outputs | self.extras()).items()
+            if name in values
+        }
+        return _filled(self.form, by_path, ())
+
+
+@dataclass(frozen=True)
+class Wiring:
+    """The watched structure of one branch's forward.
+
+    ports: by block number. called: the blocks in calling order (a model may leave some out).
+    chains: lengths of the runs of blocks, over all blocks, inside which streams are handed on; where
+    the model rearranges them between two lists a new chain begins. skips: pairs (i, j) where an
+    output of block i reaches block j past the next one.
+    """
+
+    ports: dict[int, Port]
+    called: tuple[int, ...]
+    chains: tuple[int, ...]
+    skips: frozenset[tuple[int, int]]
+
+
+def bind(block: Block, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Arguments by parameter name; nameless positional ones by their position."""
+    names = block.parameters
+    bound = {
+        names[i] if i < len(names) else f"arg{i}": value for i, value in enumerate(args)
+    }
+    return bound | kwargs
+
+
+def leaves(value: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
+    """The leaves of nested tuples and lists with their positions."""
+    if isinstance(value, (tuple, list)):
+        for i, item in enumerate(value):
+            yield from leaves(item, (*path, i))
+    else:
+        yield path, value
+
+
+def leaf_at(value: Any, path: Path) -> Any:
+    """The leaf at a position."""
+    for i in path:
+        value = value[i]
+    return value
+
+
+def _filled(form: Any, values: dict[Path, torch.Tensor], path: Path) -> Any:
+    if isinstance(form, (tuple, list)):
+        items = [_filled(item, values, (*path, i)) for i, item in enumerate(form)]
+        return items if isinstance(form, list) else tuple(items)
+    if path in values:
+        return values[path]
+    return form.fill() if isinstance(form, Gap) else form
+
+
+def _form_of(output: Any) -> Any:
+    if isinstance(output, (tuple, list)):
+        items = [_form_of(item) for item in output]
+        return items if isinstance(output, list) else tuple(items)
+    if isinstance(output, torch.Tensor):
+        return Gap(output.shape, output.dtype, output.device)
+    return output
+
+
+@dataclass
+class _Call:
+    index: int
+    bound: dict[str, Any]
+    outputs: list[tuple[Path, "weakref.ref[torch.Tensor]"]] = field(default_factory=list)
+    form: Any = None
+    links: dict[Path, str] = field(default_factory=dict)
+    """Output position to the parameter name under which the next block received it."""
+
+
+class Watch:
+    """Watches one forward. Holds no tensor alive but through weak references."""
+
+    def __init__(self, blocks: Blocks) -> None:
+        """Prepare to watch `blocks`."""
+        self._blocks = blocks.blocks
+        self._unet = blocks.unet
+        self._calls: list[_Call] = []
+        self._skips: set[tuple[int, int]] = set()
+
+    def before(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Note the inputs of a block; returns them by name."""
+        bound = bind(self._blocks[index], args, kwargs)
+        for name, value in bound.items():
+            if isinstance(value, torch.Tensor):
+                self._link(index, name, value)
+        self._calls.append(_Call(index, {k: type(v) for k, v in bound.items()}))
+        return bound
+
+    def after(self, output: Any) -> None:
+        """Note the output of the block that was called last."""
+        call = self._calls[-1]
+        call.form = _form_of(output)
+        call.outputs = [
+            (path, weakref.ref(leaf))
+            for path, leaf in leaves(output)
+            if isinstance(leaf, torch.Tensor)
+        ]
+
+    def _link(self, index: int, name: str, value: torch.Tensor) -> None:
+        for distance, earlier in enumerate(reversed(self._calls)):
+            for path, reference in earlier.outputs:
+                if reference() is value:
+                    if distance == 0:
+                        earlier.links[path] = name
+                    else:
+                        self._skips.add((earlier.index, index))
+                    return
+
+    def wiring(self) -> Wiring:
+        """What was seen.
+
+        Raises:
+            ValueError: a block was called twice, or the streams of a block cannot be told.
+        """
+        called = tuple(call.index for call in self._calls)
+        if any(b <= a for a, b in zip(called, called[1:], strict=False)):
+            raise ValueError("the blocks are not called once each in the order they are declared")
+        ports = {call.index: self._port(i) for i, call in enumerate(self._calls)}
+        return Wiring(ports, called, self._chains(), frozenset(self._skips))
+
+    def _port(self, position: int) -> Port:
+        call = self._calls[position]
+        # In the order of the parameters, so that the first stream is the main one.
+        order = {name: i for i, name in enumerate(self._blocks[call.index].parameters)}
+        named = sorted(self._stream_names(position).items(), key=lambda item: order.get(item[1], 99))
+        outputs = {name: path for path, name in named}
+        inputs = {name: name for name in outputs if name in call.bound}
+        if not inputs:
+            raise ValueError(
+                f"cannot tell which output of {self._blocks[call.index].path} is which stream"
+            )
+        return Port(inputs, outputs, call.form)
+
+    def _stream_names(self, position: int) -> dict[Path, str]:
+        """Output position to stream name, by the best evidence there is."""
+        call = self._calls[position]
+        if call.links:
+            return call.links
+        block = self._blocks[call.index]
+        for other in self._calls:
+            same_kind = type(self._blocks[other.index].module) is type(block.module)
+            if other.links and same_kind and _same_shape(other.form, call.form):
+                return other.links
+        written = _returned_names(type(block.module))
+        paths = [path for path, _ in leaves(call.form)]
+        if len(written) == len(paths) and all(name in call.bound for name in written):
+            return dict(zip(paths, written, strict=True))
+        tensors = [name for name, kind in call.bound.items() if issubclass(kind, torch.Tensor)]
+        if tensors and (isinstance(call.form, Gap) or self._unet):
+            return {(() if isinstance(call.form, Gap) else (0,)): tensors[0]}
+        return {}
+
+    def _chains(self) -> tuple[int, ...]:
+        starts = [0]
+        for before, call in zip(self._calls, self._calls[1:], strict=False):
+            if self._is_broken(before, call):
+                starts.append(call.index)
+        ends = [*starts[1:], len(self._blocks)]
+        return tuple(end - start for start, end in zip(starts, ends, strict=True))
+
+    def _is_broken(self, before: _Call, call: _Call) -> bool:
+        """Between two lists the model may rearrange the streams; then nothing links them."""
+        a, b = self._blocks[before.index], self._blocks[call.index]
+        if a.group == b.group or self._unet:
+            return False
+        names = set(self._port(self._calls.index(before)).outputs)
+        return not before.links or set(before.links.values()) != names
+
+
+def _same_shape(a: Any, b: Any) -> bool:
+    """Whether two forms nest alike; a stream that ends (None) may stand for a tensor."""
+    if isinstance(a, (tuple, list)) and isinstance(b, (tuple, list)):
+        return len(a) == len(b) and all(_same_shape(x, y) for x, y in zip(a, b, strict=True))
+    return not isinstance(a, (tuple, list)) and not isinstance(b, (tuple, list))
+
+
+def _returned_names(cls: type) -> list[str]:
+    """Names in the last `return a, b` of the class's forward; empty if it returns expressions."""
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(cls.forward)))  # type: ignore[attr-defined]
+    except (OSError, TypeError, SyntaxError):
+        return []
+    returns = [node.value for node in ast.walk(tree) if isinstance(node, ast.Return)]
+    last = returns[-1] if returns else None
+    items = last.elts if isinstance(last, ast.Tuple) else [last]
+    return [item.id for item in items if isinstance(item, ast.Name)]

@@ -1,0 +1,13 @@
+"""The three words: what to take when nothing has been measured for a model."""
+
+from blockcache.methods.geometric import geometric
+from blockcache.plan.recipe import Recipe
+
+BUDGETS = {"quality": 0.5, "balanced": 0.34, "fast": 0.2}
+"""Share of steps computed. Where a model has a measured plan of its own, that is taken instead."""
+
+
+def preset(word: str) -> Recipe:
+    """The recipe behind a preset word."""
+    made = geometric(BUDGETS[word])
+    return Recipe(made.rules, made.branches, word)

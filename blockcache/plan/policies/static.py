@@ -1,0 +1,140 @@
+"""Static policies: the whole run's mask is known before the first forward."""
+
+from collections.abc import Sequence
+from typing import Annotated
+
+from pydantic import Field
+
+from blockcache.errors import PlanError
+from blockcache.plan.policies.base import Mask, StaticPolicy
+from blockcache.plan.spec import Count, spec
+from blockcache.plan.steps import Step
+
+
+def _same_for_all(computed: set[int], total: int, units: int) -> Mask:
+    row = tuple(i in computed or i == 0 for i in range(total))
+    return (row,) * units
+
+
+@spec
+class Every(StaticPolicy):
+    """Compute every n-th step (FORA's schedule)."""
+
+    n: Annotated[Count, Field(ge=1)] = 2
+
+    def mask(self, steps: Sequence[Step], units: int) -> Mask:
+        """Steps 0, n, 2n, ..."""
+        return _same_for_all(set(range(0, len(steps), self.n)), len(steps), units)
+
+
+@spec
+class Geometric(StaticPolicy):
+    """Compute a share of the steps, dense first, with gaps that grow geometrically.
+
+    Needs no calibration. Searched schedules of large models have this shape: early steps decide
+    the layout and change fastest.
+    budget: share of the steps computed, 0 < budget <= 1, useful 0.15 to 0.6.
+    """
+
+    budget: Annotated[float, Field(gt=0, le=1)] = 0.3
+
+    def mask(self, steps: Sequence[Step], units: int) -> Mask:
+        """Computed steps 0, 1, ... with growing gaps; the last gap ends at the run's end."""
+        total = len(steps)
+        count = min(total, max(1, round(self.budget * total)))
+        return _same_for_all(set(geometric_steps(count, total)), total, units)
+
+
+def geometric_steps(count: int, total: int) -> tuple[int, ...]:
+    """`count` increasing steps in 0..total-1 whose gaps, the one to the end included, grow by one
+    ratio from 1."""
+    ratio = _gap_ratio(count, total)
+    chosen: list[int] = []
+    exact = 0.0
+    for k in range(count):
+        # Rounding must neither repeat a step nor run out of room for those still to come.
+        lowest = chosen[-1] + 1 if chosen else 0
+        chosen.append(min(max(round(exact), lowest), total - (count - k)))
+        exact += ratio**k
+    return tuple(chosen)
+
+
+def _gap_ratio(count: int, total: int) -> float:
+    low, high = 1.0, float(max(total, 2))
+    for _ in range(80):
+        middle = (low + high) / 2
+        if _reaches(middle, count, total):
+            high = middle
+        else:
+            low = middle
+    return low
+
+
+def _reaches(ratio: float, count: int, total: int) -> bool:
+    """Whether `count` gaps 1, ratio, ratio**2, ... add up to `total`."""
+    reached, gap = 0.0, 1.0
+    for _ in range(count):
+        reached += gap
+        gap *= ratio
+        if reached >= total:
+            return True
+    return False
+
+
+@spec
+class MaskTable(StaticPolicy):
+    """A mask written down: what searches produce and plan files hold.
+
+    computed: for each unit the computed steps, increasing; a single row serves all units.
+    total: steps of the run it was made for.
+    sigmas: that run's noise levels, one per step. With them the table is carried over to another
+    step count by noise level, without them by the fraction of the run done.
+    """
+
+    computed: tuple[tuple[int, ...], ...]
+    total: Annotated[int, Field(ge=1, le=100_000)]
+    sigmas: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Check that rows are increasing steps within the run."""
+        if not self.computed:
+            raise ValueError("computed needs at least one row of steps")
+        for row in self.computed:
+            if any(b <= a for a, b in zip(row, row[1:], strict=False)):
+                raise ValueError("computed steps must be increasing")
+            if row and not 0 <= row[0] <= row[-1] < self.total:
+                raise ValueError(f"computed steps must lie in 0..{self.total - 1}")
+        if self.sigmas and len(self.sigmas) != self.total:
+            raise ValueError(f"sigmas has {len(self.sigmas)} values for {self.total} steps")
+
+    def mask(self, steps: Sequence[Step], units: int) -> Mask:
+        """The table, carried over to `steps` if their number differs."""
+        rows = self.computed
+        if len(rows) not in (1, units):
+            raise PlanError(f"the mask table has {len(rows)} rows for {units} units")
+        target = self._carry_over(steps)
+        masks = [_same_for_all({target[i] for i in row}, len(steps), 1)[0] for row in rows]
+        return tuple(masks) if len(masks) == units else (masks[0],) * units
+
+    def fits(self, steps: Sequence[Step]) -> bool:
+        """Whether the table was made for exactly these steps."""
+        if len(steps) != self.total:
+            return False
+        return not self.sigmas or all(
+            abs(a - b.sigma) <= 1e-3 * max(1.0, abs(a))
+            for a, b in zip(self.sigmas, steps, strict=True)
+        )
+
+    def _carry_over(self, steps: Sequence[Step]) -> list[int]:
+        """For each step of the table the step of the run that stands for it."""
+        if self.fits(steps):
+            return list(range(self.total))
+        if self.sigmas:
+            by_noise = [step.sigma for step in steps]
+            return [_nearest(by_noise, sigma) for sigma in self.sigmas]
+        scale = len(steps) / self.total
+        return [min(len(steps) - 1, round(i * scale)) for i in range(self.total)]
+
+
+def _nearest(values: Sequence[float], wanted: float) -> int:
+    return min(range(len(values)), key=lambda i: abs(values[i] - wanted))

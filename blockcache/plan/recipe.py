@@ -1,0 +1,93 @@
+"""Rules and recipes: a published method is one recipe."""
+
+from collections.abc import Sequence
+from typing import Literal
+
+from blockcache.plan.guards import Guard
+from blockcache.plan.policies import MaskTable, Policy, StaticPolicy
+from blockcache.plan.predictors import Copy, Predictor
+from blockcache.plan.sites import Layout, Site
+from blockcache.plan.spec import spec
+from blockcache.plan.steps import Step
+
+Schedule = tuple[tuple[str, ...], ...]
+"""[units][steps]: the name of what asks for computing, empty where the unit is reused."""
+
+Payload = Literal["residual", "output"]
+Branches = Literal["joint", "leader", "independent"]
+
+
+@spec
+class Rule:
+    """Where, what, when and how to reuse, and what overrides it.
+
+    site: where. policy: when to compute. predictor: how the payload is rebuilt. guards: what
+    forces computing. payload: "residual" stores output - input and adds it to the fresh input;
+    "output" stores the output, and the fresh input has no influence.
+    """
+
+    site: Site
+    policy: Policy
+    predictor: Predictor = Copy()
+    guards: tuple[Guard, ...] = ()
+    payload: Payload = "residual"
+
+    def schedule(self, steps: Sequence[Step], units: int) -> Schedule | None:
+        """What asks for computing at each step of each unit, or None for an online policy."""
+        if not isinstance(self.policy, StaticPolicy):
+            return None
+        return tuple(self._guarded(row, steps) for row in self.policy.mask(steps, units))
+
+    def _guarded(self, row: Sequence[bool], steps: Sequence[Step]) -> tuple[str, ...]:
+        asked: list[str] = []
+        streak = 0
+        for step, wanted in zip(steps, row, strict=True):
+            asked.append(type(self.policy).__name__ if wanted else self.forced(step, streak))
+            streak = 0 if asked[-1] else streak + 1
+        return tuple(asked)
+
+    def forced(self, step: Step, streak: int) -> str:
+        """The name of the first guard that asks for computing, or an empty string."""
+        for guard in self.guards:
+            if guard.must_compute(step, streak):
+                return type(guard).__name__
+        return ""
+
+
+@spec
+class Recipe:
+    """Rules, tried in order: where two of them cover a block, the earlier one's reuse wins.
+
+    branches: how the denoiser calls of one step (cond, uncond, ...) decide for online policies.
+    "joint": the first call of the step decides for all. "leader": the same, and only its changes
+    are measured. "independent": each for itself. State is always kept per branch.
+    """
+
+    rules: tuple[Rule, ...]
+    branches: Branches = "joint"
+    name: str = "custom"
+
+    def __post_init__(self) -> None:
+        """A recipe without rules would silently do nothing."""
+        if not self.rules:
+            raise ValueError("a recipe needs at least one rule")
+
+    def is_static(self) -> bool:
+        """Whether every decision is known before the first forward."""
+        return all(isinstance(rule.policy, StaticPolicy) for rule in self.rules)
+
+    def written_down(self, steps: Sequence[Step], layout: Layout) -> "Recipe":
+        """The same recipe with every static policy replaced by its mask table for `steps`."""
+        return Recipe(tuple(_written(r, steps, layout) for r in self.rules), self.branches, self.name)
+
+
+def _written(rule: Rule, steps: Sequence[Step], layout: Layout) -> Rule:
+    schedule = rule.schedule(steps, len(rule.site.units(layout)))
+    if schedule is None:
+        return rule
+    rows = {tuple(i for i, asked in enumerate(row) if asked): None for row in schedule}
+    computed = tuple(rows) if len(rows) == 1 else tuple(
+        tuple(i for i, asked in enumerate(row) if asked) for row in schedule
+    )
+    table = MaskTable(computed, len(steps), tuple(step.sigma for step in steps))
+    return Rule(rule.site, table, rule.predictor, (), rule.payload)

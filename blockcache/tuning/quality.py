@@ -1,0 +1,207 @@
+"""How far a picture is from its uncached twin.
+
+Everything here works on float pictures in 0..1, channels last, as pipelines give them with
+`output_type="np"`: `[H, W, C]` for a picture, `[F, H, W, C]` for a video. Nothing passes through
+8 bits or a video codec, which add errors of their own; 8-bit pictures are refused, because their
+arithmetic wraps (two of them 200 apart everywhere would score 30.1 dB instead of 2.1 dB).
+"""
+
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from blockcache.errors import BlockCacheError
+
+CAP_DB = 100.0
+"""What identical pictures score: their PSNR is infinite, which has no mean and no JSON."""
+
+FOREGROUND_CHANGE = 0.1
+"""Difference from the background, in any channel, that makes a pixel part of the foreground."""
+
+Pixels: TypeAlias = NDArray[Any] | torch.Tensor
+Floats: TypeAlias = NDArray[np.float64]
+
+
+class QualityError(BlockCacheError):
+    """Pictures that cannot be measured against each other."""
+
+
+@dataclass(frozen=True)
+class Scores:
+    """One picture or video against its uncached twin; for a video the mean over the frames.
+
+    psnr_db: CAP_DB if identical. ssim: 1 if identical. foreground_db: PSNR of the pixels that are
+    not background, None where the picture is all background. worst_frame_db: the lowest PSNR of
+    any frame, None for a single picture.
+    """
+
+    psnr_db: float
+    ssim: float
+    foreground_db: float | None
+    worst_frame_db: float | None = None
+
+    @property
+    def is_identical(self) -> bool:
+        """Whether no pixel differs enough to be measured."""
+        return self.psnr_db >= CAP_DB
+
+
+def scores(picture: Pixels, reference: Pixels) -> Scores:
+    """All figures for a picture `[H, W, C]` or a video `[F, H, W, C]`.
+
+    Raises:
+        QualityError: shapes differ, or a picture is not float, not finite or not in 0..1.
+    """
+    a, b = _pair(picture, reference)
+    if a.ndim == 3:
+        return Scores(_psnr(a, b), ssim(a, b), foreground_psnr(a, b))
+    if a.ndim != 4 or not len(a):
+        raise QualityError(f"expected [H, W, C] or [F, H, W, C], found shape {list(a.shape)}")
+    frames = [_psnr(x, y) for x, y in zip(a, b, strict=True)]
+    foreground = [foreground_psnr(x, y) for x, y in zip(a, b, strict=True)]
+    seen = [value for value in foreground if value is not None]
+    return Scores(
+        float(np.mean(frames)),
+        float(np.mean([ssim(x, y) for x, y in zip(a, b, strict=True)])),
+        float(np.mean(seen)) if seen else None,
+        min(frames),
+    )
+
+
+def psnr(picture: Pixels, reference: Pixels) -> float:
+    """Peak signal-to-noise ratio in dB over all elements, peak 1, in float64; at most CAP_DB.
+
+    Raises:
+        QualityError: shapes differ, or a picture is not float, not finite or not in 0..1.
+    """
+    return _psnr(*_pair(picture, reference))
+
+
+def _psnr(a: Floats, b: Floats) -> float:
+    error = float(np.mean((a - b) ** 2))
+    return CAP_DB if error == 0 else min(CAP_DB, -10 * float(np.log10(error)))
+
+
+def ssim(picture: Pixels, reference: Pixels) -> float:
+    """Structural similarity of two pictures `[H, W, C]`, mean over the channels.
+
+    Wang et al. (2004): Gaussian window of 11 x 11 pixels with sigma 1.5, data range 1. Other
+    windows (scikit-image's default is 7 x 7 and flat) give other numbers.
+
+    Raises:
+        QualityError: as for `psnr`, or a picture smaller than half the window.
+    """
+    from torchmetrics.functional.image import structural_similarity_index_measure
+
+    a, b = _pair(picture, reference)
+    if a.ndim != 3 or min(a.shape[:2]) < 6:
+        raise QualityError(
+            f"SSIM needs pictures [H, W, C] of at least 6 x 6 pixels, found {list(a.shape)}"
+        )
+    tensors = [torch.from_numpy(x).movedim(-1, 0)[None] for x in (a, b)]
+    value = structural_similarity_index_measure(
+        *tensors, gaussian_kernel=True, sigma=1.5, kernel_size=11, data_range=1.0
+    )
+    return float(value)
+
+
+def foreground_psnr(picture: Pixels, reference: Pixels) -> float | None:
+    """PSNR over the pixels of `[H, W, C]` pictures where the reference is not background.
+
+    A large calm background flatters PSNR; this is what happened to the things in front of it.
+    None if the reference has no foreground.
+    """
+    a, b = _pair(picture, reference)
+    mask = foreground(b)
+    return _psnr(a[mask], b[mask]) if mask.any() else None
+
+
+def foreground(reference: Pixels) -> NDArray[np.bool_]:
+    """Where a picture `[H, W, C]` differs from its background; `[H, W]`.
+
+    The background is the plane (per channel, so that a gradient is one too) that fits the border
+    pixels, fitted again to the better half of them so that things touching the border do not
+    count.
+    """
+    image = _checked(reference)
+    height, width, channels = image.shape
+    y, x = np.mgrid[:height, :width]
+    plane = np.stack([np.ones_like(x), x, y], -1).astype(np.float64)
+    thickness = max(1, min(height, width) // 32)
+    border = np.ones((height, width), bool)
+    border[thickness : height - thickness, thickness : width - thickness] = False
+    known, wanted = plane[border], image[border]
+    kept = np.ones(len(known), bool)
+    for _ in range(4):
+        coefficients = np.linalg.lstsq(known[kept], wanted[kept], rcond=None)[0]
+        residual = np.abs(known @ coefficients - wanted).max(-1)
+        kept = residual <= np.median(residual)
+    background = (plane.reshape(-1, 3) @ coefficients).reshape(height, width, channels)
+    differs: NDArray[np.bool_] = np.abs(image - background).max(-1) > FOREGROUND_CHANGE
+    return differs
+
+
+def relative_l2(latents: torch.Tensor, reference: torch.Tensor) -> float:
+    """|latents - reference| / |reference| in the 2-norm, in float64. No unit, 0 if equal.
+
+    Raises:
+        QualityError: shapes differ, integers, or a reference of zeros.
+    """
+    if latents.shape != reference.shape:
+        raise QualityError(
+            f"latents differ in shape: {list(latents.shape)} and {list(reference.shape)}"
+        )
+    if not (latents.is_floating_point() and reference.is_floating_point()):
+        raise QualityError(f"latents must be float, found {latents.dtype}, {reference.dtype}")
+    wanted = reference.detach().double()
+    size = float(wanted.norm())
+    if size == 0:
+        raise QualityError("the reference latents are all zero; no relative error exists")
+    return float((latents.detach().to(wanted) - wanted).norm()) / size
+
+
+def from_8bit(picture: Pixels) -> Floats:
+    """An 8-bit picture as float in 0..1; for files, whose rounding costs up to 59 dB."""
+    array = _array(picture)
+    if array.dtype != np.uint8:
+        raise QualityError(f"expected an 8-bit picture, found {array.dtype}")
+    return array.astype(np.float64) / 255
+
+
+def _pair(picture: Pixels, reference: Pixels) -> tuple[Floats, Floats]:
+    a, b = _checked(picture), _checked(reference)
+    if a.shape != b.shape:
+        raise QualityError(
+            f"pictures differ in shape: {list(a.shape)} and {list(b.shape)}; "
+            "both runs need the same height, width and number of frames"
+        )
+    return a, b
+
+
+def _array(picture: Pixels) -> NDArray[Any]:
+    if isinstance(picture, torch.Tensor):
+        tensor = picture.detach().cpu()
+        # NumPy has no bfloat16.
+        return np.asarray(tensor.float() if tensor.is_floating_point() else tensor)
+    return np.asarray(picture)
+
+
+def _checked(picture: Pixels) -> Floats:
+    array = picture if isinstance(picture, np.ndarray) else _array(picture)
+    if not np.issubdtype(array.dtype, np.floating):
+        raise QualityError(
+            f"pictures must be float in 0..1, found {array.dtype}: ask the pipeline for "
+            'output_type="np", or convert an 8-bit file with from_8bit()'
+        )
+    values = array.astype(np.float64, copy=False)
+    if not array.size:
+        raise QualityError(f"an empty picture, shape {list(array.shape)}")
+    low, high = float(values.min()), float(values.max())
+    if not (np.isfinite(low) and np.isfinite(high)):
+        raise QualityError("the picture holds values that are not numbers (NaN or infinity)")
+    if low < -1e-3 or high > 1 + 1e-3:
+        raise QualityError(f"pictures must lie in 0..1, found {low:.3g} to {high:.3g}")
+    return values
