@@ -16,7 +16,8 @@ from blockcache.errors import (
     UnsupportedModelError,
 )
 from blockcache.plan import Plan, Recipe, Rule, Site
-#from blockcache.tuning.compare import Comparison, compare
+
+# from blockcache.tuning.compare import Comparison, compare
 
 __version__ = "0.1.0"
 

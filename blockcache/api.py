@@ -54,13 +54,19 @@ def enable(target: T, what: What = "balanced", *, scheduler: Any = None) -> T:
 
     Raises:
         UnsupportedModelError: no denoiser, or no blocks in it, or diffusers' own cache is on.
+        BlockCacheError: `scheduler` is no scheduler.
         PlanError: an unknown word, a bad plan, or a site that does not fit the model.
         PlanMismatchError: a plan that was made for another model.
     """
+    if scheduler is not None and not hasattr(scheduler, "timesteps"):
+        raise BlockCacheError(
+            f"scheduler must be a diffusers scheduler (have timesteps), got {scheduler!r:.60}"
+        )
     chosen = read(what)
     prepared = [(model, _runner(model, chosen, scheduler)) for model in denoisers(target).values()]
     disable(target)
     for model, runner in prepared:
+        runner.siblings = [other for _, other in prepared if other is not runner]
         Attachment(runner, model, [block.module for block in runner.blocks])
         name, count = type(model).__name__, len(runner.blocks)
         logger.info("%s: enabled %s on %d blocks", name, runner.recipe.name, count)
@@ -223,5 +229,6 @@ def check_rows(table: MaskTable, site: Site, blocks: Blocks) -> None:
     rows, units = len(table.computed), len(site.units(Layout((len(blocks),), blocks.unet)))
     if rows not in (1, units):
         raise PlanError(
-            f"the mask table has {rows} rows, the {site.scope} site {units} units: give one or {units}"
+            f"the mask table has {rows} rows and the {site.scope} site {units} units: "
+            f"give one row or {units}"
         )

@@ -1,4 +1,4 @@
-"""Errors a program may want to catch. All are `ValueError`s; each says what was found and what to do."""
+"""Errors a program may want to catch: `ValueError`s that say what was found and what to do."""
 
 
 class BlockCacheError(ValueError):

@@ -91,7 +91,9 @@ class Branch:
     blocks: Blocks
     stats: BranchStats
     wiring: Wiring | None = None
-    form: Any = None
+    form: tuple[Any, ...] = ()
+    step: int = -1
+    """Form and step of the last call."""
     units: list[Unit] = field(default_factory=list)
     probes: list[Probe] = field(default_factory=list)
     is_layered: bool = False
@@ -121,15 +123,12 @@ class Branch:
         )
         return refused
 
-    def _unit(
-        self, number: int, rule: Rule, row: int, rows: int, lo: int, hi: int
-    ) -> Unit | None:
+    def _unit(self, number: int, rule: Rule, row: int, rows: int, lo: int, hi: int) -> Unit | None:
         inside = [i for i in self._wired.called if lo <= i < hi]
         if not inside:
             return None
         history: deque[Anchor] = deque(maxlen=rule.predictor.depth)
-        # A down block's skip connections end in its mirror image; is that skipped too?
-        keeps = self.blocks.unet and lo + hi < len(self.blocks)
+        keeps = any(i == inside[-1] for i, _ in self._wired.skips)
         return Unit(number, row, rows, inside[0], inside[-1], keeps, history)
 
     def _objection(self, unit: Unit) -> str:
@@ -281,4 +280,3 @@ class Branch:
         held = [t for u in self.units for a in u.history for t in a.payload.values()]
         held += [p.reference for p in self.probes if p.reference is not None]
         return sum(t.numel() * t.element_size() for t in held)
-

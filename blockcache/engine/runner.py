@@ -27,6 +27,8 @@ from blockcache.plan.steps import Step
 logger = logging.getLogger("blockcache")
 
 _FEW_STEPS = 8
+_MOST_CALLS = 16
+"""Denoiser calls in one step beyond which the step is not believed."""
 
 
 @dataclass
@@ -58,7 +60,7 @@ class Forward:
     inputs: dict[Unit | Probe, Values] = field(default_factory=dict)
     open: dict[Unit, Values] = field(default_factory=dict)
     edges: dict[int, tuple[Values, Any]] = field(default_factory=dict)
-    """While watching: copies of what entered and left the blocks at which units may begin or end."""
+    """While watching: copies of what entered and left the blocks where units may begin or end."""
     passed: Any = None
     """What the last skipped block inside a unit put out."""
     called: list[int] = field(default_factory=list)
@@ -79,6 +81,8 @@ class Runner:
         self._scheduler = scheduler
         self._names = signals.argument_names(denoiser)
         self._edges = _edges(blocks, recipe)
+        self.siblings: list[Runner] = []
+        """The runners of the pipeline's other denoisers."""
         self._local = threading.local()
         self._said: set[str] = set()
         self._runs = 0
@@ -91,13 +95,17 @@ class Runner:
         if torch.is_grad_enabled():
             self._bypass("gradients are enabled; wrap the call in torch.no_grad()")
             return
-        scheduler = scheduler_of_caller(self.denoiser) or self._scheduler
-        if scheduler is None:
+        scheduler = self._scheduler or scheduler_of_caller(self.denoiser)
+        if getattr(scheduler, "timesteps", None) is None:
             self._bypass("no scheduler is in sight; pass enable(..., scheduler=...)")
             return
         named = dict(zip(self._names, args, strict=False)) | kwargs
         moment = self._tracker.locate(scheduler, named.get("timestep", named.get("t")))
-        run = self._start_run() if moment.is_new_run else self._local.run
+        run: Run = self._start_run() if moment.is_new_run else self._local.run
+        if moment.call >= _MOST_CALLS:
+            self._bypass("the scheduler stays at one step; give the scheduler that really steps")
+            self._release(run)
+            return
         self._enter_step(run, moment.step)
         self._local.forward = self._forward(run, moment.step, moment.call, named)
 
@@ -164,6 +172,8 @@ class Runner:
         previous: Run | None = getattr(self._local, "run", None)
         if previous is not None:
             self._finish(previous)
+        for sibling in self.siblings:
+            sibling.hand_over(self._tracker)
         self._runs += 1
         run = Run(self._tracker.steps, RunStats(self._runs))
         run.adapter = signals.adapter_state(self.denoiser)
@@ -174,7 +184,7 @@ class Runner:
 
     def _remark_on_steps(self, run: Run) -> None:
         total = len(run.steps)
-        if total < _FEW_STEPS:
+        if self._tracker.scheduled < _FEW_STEPS:
             self._say(f"a run of {total} steps leaves little to reuse; expect loss without gain")
         for rule in self.recipe.rules:
             if isinstance(rule.policy, MaskTable) and not rule.policy.fits(run.steps):
@@ -201,20 +211,21 @@ class Runner:
         if number == len(run.branches):
             stats = BranchStats(str(number), len(self.blocks))
             run.stats.branches.append(stats)
+            self._retire(run, form, step)
             run.branches.append(Branch(self.recipe, self.blocks, stats))
-            self._retire(run, form)
         branch = run.branches[number]
-        branch.form = form
+        branch.form, branch.step = form, step.index
         if branch.wiring is None:
             return Forward(step, branch, Watch(self.blocks))
         reused = self._choose(run, branch, step)
         return Forward(step, branch, None, reused, branch.roles(reused))
 
     @staticmethod
-    def _retire(run: Run, form: Any) -> None:
+    def _retire(run: Run, form: Any, step: Step) -> None:
         """Another size is another stage: branches of the old size will not be called again."""
-        for branch in run.branches[:-1]:
-            if branch.form is not None and signals.sizes(branch.form) != signals.sizes(form):
+        for branch in run.branches:
+            is_current = branch.step == step.index
+            if not is_current and signals.sizes(branch.form) != signals.sizes(form):
                 branch.drop()
 
     # ---- deciding ------------------------------------------------------------------------------
@@ -284,7 +295,9 @@ class Runner:
         if self.recipe.branches == "joint":
             # Their changes are of the step before: this step's are not known yet.
             others = [p for b in run.branches if b is not branch for p in b.probes]
-        known = [p.change for p in (probe, *others) if p.rule == probe.rule and p.change is not None]
+        known = [
+            p.change for p in (probe, *others) if p.rule == probe.rule and p.change is not None
+        ]
         change = max(signals.read_changes(known), default=float("nan"))
         branch.stats.changes += known[:1]
         asked = self._forced(units[0], step)
@@ -306,7 +319,8 @@ class Runner:
         kwargs: dict[str, Any],
     ) -> Any:
         branch = forward.branch
-        if index not in (unit.first, unit.last) and branch.passes_alike(index):
+        is_inside = index not in (unit.first, unit.last)
+        if is_inside and forward.passed is not None and branch.passes_alike(index):
             # What goes in here is discarded anyway, so the first skipped block's output serves all.
             return forward.passed
         entered = branch.inputs(index, args, kwargs)
@@ -316,7 +330,9 @@ class Runner:
         if index == unit.last:
             values = forward.open.pop(unit, None)
             return branch.built(index, values if values is not None else entered)
-        forward.passed = branch.passed_through(index, entered)
+        # Copies, for the model may write into what it takes for a block's fresh output.
+        copies = {name: x.clone() for name, x in entered.items()}
+        forward.passed = branch.passed_through(index, copies)
         return forward.passed
 
     def _store(self, forward: Forward, unit: Unit, output: Any) -> None:
@@ -386,8 +402,10 @@ class Runner:
         for why in refused:
             self._say(f"a site is left out, {why}")
         self._check_rows(branch)
-        for part in (*branch.units, *branch.probes):
-            self._store_watched(forward, part)
+        for unit in branch.units:
+            self._store_watched(forward, unit)
+        for probe in branch.probes:
+            self._store_watched(forward, probe)
         branch.stats.decided["first step"] += len(branch.units)
 
     def _check_rows(self, branch: Branch) -> None:
@@ -429,16 +447,26 @@ class Runner:
             if run.calls >= run.calls_before:
                 self._finish(run)
 
-    def _finish(self, run: Run) -> None:
+    def hand_over(self, tracker: Tracker) -> None:
+        """Another denoiser of the pipeline goes on with this thread's run, if it is the same."""
+        run: Run | None = getattr(self._local, "run", None)
+        if run is not None and self._tracker.shares_run(tracker):
+            self._finish(run, is_complete=True)
+            self._release(run)
+
+    def _finish(self, run: Run, is_complete: bool = False) -> None:
         if run.stats.is_finished:
             return
         run.stats.is_finished = True
-        if run.step == len(run.steps) - 1 and not run.stats.skipped():
+        is_complete = is_complete or run.step == len(run.steps) - 1
+        if is_complete and not run.stats.skipped():
             self._say(signals.nothing_reused(self.recipe, run.stats))
 
     def _recover(self, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The model did not call the blocks that it called before. What was stored describes
-        another forward: forget it, and compute this call plainly if anything in it was reused."""
+        """The model did not call the blocks that it called before: what is stored has no use.
+
+        The call is computed again, plainly, if anything in it was reused.
+        """
         run: Run = self._local.run
         self._drop(run, "the model did not call the same blocks as before")
         forward.branch.wiring = None
@@ -447,6 +475,10 @@ class Runner:
     def _drop(self, run: Run, reason: str) -> None:
         run.stats.reasons[reason] += 1
         self._say(f"{reason}; the cache was dropped")
+        self._release(run)
+
+    @staticmethod
+    def _release(run: Run) -> None:
         for branch in run.branches:
             branch.drop()
 

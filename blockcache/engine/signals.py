@@ -84,13 +84,12 @@ def probe_residual(
     return torch.sub(left, before, out=before)
 
 
-def change_of(
-    current: torch.Tensor | None, reference: torch.Tensor | None
-) -> torch.Tensor | None:
+def change_of(current: torch.Tensor | None, reference: torch.Tensor | None) -> torch.Tensor | None:
     """(sum of differences, sum of magnitudes) of a change, on the device."""
     if current is None or reference is None:
         return None
-    return relative_change(current, reference)
+    change: torch.Tensor = relative_change(current, reference)
+    return change
 
 
 def read_changes(changes: list[torch.Tensor]) -> list[float]:

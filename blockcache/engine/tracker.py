@@ -2,8 +2,8 @@
 
 A *run* is one identity of `scheduler.timesteps`, which every pipeline call makes anew. A *step* is
 one value of `scheduler.step_index` or, for the schedulers without one, of the timestep. A
-*branch* (cond, uncond, ...) is told by the conditioning tensor it gets, else by the order of the call
-within the step.
+*branch* (cond, uncond, ...) is told by the conditioning tensor it gets, else by the order of the
+call within the step.
 """
 
 import sys
@@ -25,7 +25,7 @@ _DENOISER_NAMES = ("transformer", "transformer_2", "unet", "unet_2", "prior", "d
 
 @dataclass(frozen=True)
 class Moment:
-    """One denoiser call: whether it opens a run, which step it belongs to, its order in the step."""
+    """One denoiser call: whether it opens a run, which step it is in, its order in the step."""
 
     is_new_run: bool
     step: Step
@@ -44,6 +44,7 @@ class Tracker:
         self._index = 0
         self._call = 0
         self.steps: tuple[Step, ...] = ()
+        self.scheduled = 0
 
     def locate(self, scheduler: Any, timestep: Any) -> Moment:
         """Place the call that is about to happen.
@@ -61,6 +62,10 @@ class Tracker:
         self._position = position
         return Moment(is_new_run, self.steps[self._index], self._call)
 
+    def shares_run(self, other: "Tracker") -> bool:
+        """Whether both follow the same run: two experts of one pipeline."""
+        return self._timesteps is not None and self._timesteps is other._timesteps
+
     def forget(self) -> None:
         """The next call opens a new run."""
         self._timesteps = None
@@ -74,6 +79,7 @@ class Tracker:
     def _start(self, scheduler: Any, timestep: Any, position: Any) -> None:
         self._scheduler, self._timesteps = scheduler, scheduler.timesteps
         levels = _noise_levels(scheduler)
+        self.scheduled = len(levels)
         self._first = min(_start_index(scheduler, timestep, position), len(levels) - 1)
         # Image-to-image enters late: its run is what is left of the schedule.
         rest = levels[self._first :]

@@ -70,9 +70,9 @@ class Wiring:
     """The watched structure of one branch's forward.
 
     ports: by block number. called: the blocks in calling order (a model may leave some out).
-    chains: lengths of the runs of blocks, over all blocks, inside which streams are handed on; where
-    the model rearranges them between two lists a new chain begins. skips: pairs (i, j) where an
-    output of block i reaches block j past the next one.
+    chains: lengths of the runs of blocks, over all blocks, inside which streams are handed on;
+    where the model rearranges them between two lists a new chain begins. skips: pairs (i, j) where
+    an output of block i reaches block j past the next one.
     """
 
     ports: dict[int, Port]
@@ -84,9 +84,7 @@ class Wiring:
 def bind(block: Block, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """Arguments by parameter name; nameless positional ones by their position."""
     names = block.parameters
-    bound = {
-        names[i] if i < len(names) else f"arg{i}": value for i, value in enumerate(args)
-    }
+    bound = {names[i] if i < len(names) else f"arg{i}": value for i, value in enumerate(args)}
     return bound | kwargs
 
 
@@ -147,9 +145,10 @@ class Watch:
     def before(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """Note the inputs of a block; returns them by name."""
         bound = bind(self._blocks[index], args, kwargs)
-        for name, value in bound.items():
-            if isinstance(value, torch.Tensor):
-                self._link(index, name, value)
+        for name, argument in bound.items():
+            for _, value in leaves(argument):
+                if isinstance(value, torch.Tensor):
+                    self._link(index, name, value)
         self._calls.append(_Call(index, {k: type(v) for k, v in bound.items()}))
         return bound
 
@@ -189,7 +188,9 @@ class Watch:
         call = self._calls[position]
         # In the order of the parameters, so that the first stream is the main one.
         order = {name: i for i, name in enumerate(self._blocks[call.index].parameters)}
-        named = sorted(self._stream_names(position).items(), key=lambda item: order.get(item[1], 99))
+        named = sorted(
+            self._stream_names(position).items(), key=lambda item: order.get(item[1], 99)
+        )
         outputs = {name: path for path, name in named}
         inputs = {name: name for name in outputs if name in call.bound}
         if not inputs:

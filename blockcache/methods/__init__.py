@@ -1,5 +1,8 @@
-"""Published methods, one file each. A file `name.py` defines `name(...) -> Recipe` and nothing else
-has to be edited for `recipes.name(...)`, `enable(pipe, "name")` and the command line to know it."""
+"""Published methods, one file each.
+
+A file `name.py` defines `name(...) -> Recipe`; nothing else has to be edited for
+`recipes.name(...)`, `enable(pipe, "name")` and the command line to know it.
+"""
 
 import importlib
 import pkgutil

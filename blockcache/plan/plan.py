@@ -1,4 +1,4 @@
-"""Plans: a recipe evaluated for one (model, sampler, steps), with its provenance. JSON in and out."""
+"""Plans: a recipe evaluated for one (model, sampler, steps), with provenance, as JSON."""
 
 import json
 from collections.abc import Sequence

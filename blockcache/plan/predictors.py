@@ -61,6 +61,7 @@ class Taylor(Predictor):
 
     def weights(self, at: Step, anchors: Sequence[Step]) -> tuple[float, ...]:
         """Lagrange's basis of the anchors, evaluated at `at`."""
+
         def abscissa(step: Step) -> float:
             return step.sigma if self.axis == "sigma" else float(step.index)
 

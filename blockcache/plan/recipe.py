@@ -78,7 +78,9 @@ class Recipe:
 
     def written_down(self, steps: Sequence[Step], layout: Layout) -> "Recipe":
         """The same recipe with every static policy replaced by its mask table for `steps`."""
-        return Recipe(tuple(_written(r, steps, layout) for r in self.rules), self.branches, self.name)
+        return Recipe(
+            tuple(_written(r, steps, layout) for r in self.rules), self.branches, self.name
+        )
 
 
 def _written(rule: Rule, steps: Sequence[Step], layout: Layout) -> Rule:
@@ -86,8 +88,10 @@ def _written(rule: Rule, steps: Sequence[Step], layout: Layout) -> Rule:
     if schedule is None:
         return rule
     rows = {tuple(i for i, asked in enumerate(row) if asked): None for row in schedule}
-    computed = tuple(rows) if len(rows) == 1 else tuple(
-        tuple(i for i, asked in enumerate(row) if asked) for row in schedule
+    computed = (
+        tuple(rows)
+        if len(rows) == 1
+        else tuple(tuple(i for i, asked in enumerate(row) if asked) for row in schedule)
     )
     table = MaskTable(computed, len(steps), tuple(step.sigma for step in steps))
     return Rule(rule.site, table, rule.predictor, (), rule.payload)

@@ -17,12 +17,10 @@ from blockcache.errors import PlanError
 
 T = TypeVar("T", bound=type)
 
-_CONFIG = ConfigDict(
-    extra="forbid", strict=True, arbitrary_types_allowed=True, allow_inf_nan=False
-)
+_CONFIG = ConfigDict(extra="forbid", strict=True, arbitrary_types_allowed=True, allow_inf_nan=False)
 _KNOWN: dict[str, type] = {}
 
-Count = Annotated[int, Field(ge=0, le=1_000_000)]
+Count = Annotated[int, Field(ge=0, le=10**12)]
 """A number of steps."""
 
 

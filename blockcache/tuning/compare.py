@@ -1,8 +1,8 @@
 """The same seeds with and without the cache: seconds, decibels and the pictures themselves.
 
-Runs are interleaved (uncached, accelerated, accelerated, uncached, ...) after a warm-up, so that a
-machine that slows down in between slows both. What is timed is the whole pipeline call, text encoder
-and decoder included.
+Runs are interleaved (uncached, accelerated, accelerated, uncached, ...) after a warm-up, so that
+a machine that slows down in between slows both. What is timed is the whole pipeline call, text
+encoder and decoder included.
 """
 
 import inspect
@@ -245,7 +245,7 @@ def _trial(stage: _Stage, arms: Sequence[Arm], cached: _Cached, item: Item) -> T
 
 
 def _computed(summary: Mapping[str, Any]) -> tuple[float, ...]:
-    """Per step the share of computed blocks, mean over the branches; denoisers follow each other."""
+    """Per step the share of computed blocks, mean over branches; denoisers follow each other."""
     shares: list[float] = []
     for model in summary["models"]:
         by_step = zip(*(branch["map"] for branch in model["branches"]), strict=False)

@@ -101,7 +101,8 @@ class Comparison:
     @property
     def cache_bytes(self) -> int:
         """The most the cache held in any run."""
-        return max(sum(m["cache_bytes"] for m in summary["models"]) for summary in self.summaries)
+        held = (sum(m["cache_bytes"] for m in summary["models"]) for summary in self.summaries)
+        return int(max(held))
 
     def as_dict(self) -> dict[str, Any]:
         """Every figure as plain data, without the pictures."""
@@ -183,8 +184,8 @@ class Comparison:
             f"{self.computed_fraction:.0%} of the block calls computed, "
             f"cache {self.cache_bytes / 2**20:.2f} MiB"
         )
-        worst_db = fast.scores[fast.worst].psnr_db
-        yield f'worst: "{self.prompts[fast.worst]}", seed {self.seeds[fast.worst]}: {worst_db:.1f} dB'
+        worst, worst_db = fast.worst, fast.scores[fast.worst].psnr_db
+        yield f'worst: "{self.prompts[worst]}", seed {self.seeds[worst]}: {worst_db:.1f} dB'
         apart = "identical" if self.floor_db >= CAP_DB else f"{self.floor_db:.1f} dB apart"
         yield f"two uncached runs: {apart}"
         identical = sum(item.is_identical for item in fast.scores)
@@ -193,8 +194,8 @@ class Comparison:
         for name, reason in self.objections.items():
             yield f"{name}: not run, {reason}"
         where = self.machine.get("gpu", self.machine["cpu"])
-        threads = self.machine["threads"]
-        yield f"{where}, {self.machine['dtype']}, threads: {threads}, torch {self.versions['torch']}"
+        dtype, threads = self.machine["dtype"], self.machine["threads"]
+        yield f"{where}, {dtype}, threads: {threads}, torch {self.versions['torch']}"
 
 
 def _computed_fraction(summary: dict[str, Any]) -> float:

@@ -101,11 +101,15 @@ def ssim(picture: Pixels, reference: Pixels) -> float:
         raise QualityError(
             f"SSIM needs pictures [H, W, C] of at least 6 x 6 pixels, found {list(a.shape)}"
         )
-    tensors = [torch.from_numpy(x).movedim(-1, 0)[None] for x in (a, b)]
     value = structural_similarity_index_measure(
-        *tensors, gaussian_kernel=True, sigma=1.5, kernel_size=11, data_range=1.0
+        torch.from_numpy(a).movedim(-1, 0)[None],
+        torch.from_numpy(b).movedim(-1, 0)[None],
+        gaussian_kernel=True,
+        sigma=1.5,
+        kernel_size=11,
+        data_range=1.0,
     )
-    return float(value)
+    return float(torch.as_tensor(value))
 
 
 def foreground_psnr(picture: Pixels, reference: Pixels) -> float | None:

@@ -46,8 +46,10 @@ class Geometric(StaticPolicy):
 
 
 def geometric_steps(count: int, total: int) -> tuple[int, ...]:
-    """`count` increasing steps in 0..total-1 whose gaps, the one to the end included, grow by one
-    ratio from 1."""
+    """`count` increasing steps in 0..total-1 with gaps that grow from 1 by one ratio.
+
+    The gap from the last of them to the end of the run counts too.
+    """
     ratio = _gap_ratio(count, total)
     chosen: list[int] = []
     exact = 0.0

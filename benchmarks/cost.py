@@ -1,0 +1,136 @@
+"""What blockcache itself costs: `python -m benchmarks.cost [--json FILE]`.
+
+A Flux-like transformer, 256 wide, 256 image and 16 text tokens, one CPU thread, in a bare loop.
+Each figure is a ratio of two ways to do the same step, measured side by side in one run:
+
+* nothing reused: a plan that computes everything, and a gate that never fires, over the plain
+  model;
+* all reused: a step that skips the whole stack, over the parts of the model that must run in any
+  case (the same model with its blocks taken out).
+"""
+
+import json
+import statistics
+import time
+from pathlib import Path
+
+import click
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+import blockcache
+from blockcache.plan import Every, Gate, MaskTable, Recipe, Rule, Site
+
+WIDTH, TOKENS, TEXT, STEPS = 256, 256, 16, 12
+
+
+def transformer() -> FluxTransformer2DModel:
+    """A Flux transformer of 2 double and 6 single blocks with random weights."""
+    torch.manual_seed(0)
+    model = FluxTransformer2DModel(
+        patch_size=1,
+        in_channels=64,
+        num_layers=2,
+        num_single_layers=6,
+        attention_head_dim=64,
+        num_attention_heads=WIDTH // 64,
+        joint_attention_dim=WIDTH,
+        pooled_projection_dim=64,
+        axes_dims_rope=(16, 24, 24),
+    )
+    return model.eval()
+
+
+def inputs() -> dict[str, torch.Tensor]:
+    """Inputs of one denoiser call."""
+    side = int(TOKENS**0.5)
+    grid = torch.cartesian_prod(torch.zeros(1), torch.arange(side) * 1.0, torch.arange(side) * 1.0)
+    return {
+        "hidden_states": torch.randn(1, TOKENS, 64),
+        "encoder_hidden_states": torch.randn(1, TEXT, WIDTH),
+        "pooled_projections": torch.randn(1, 64),
+        "img_ids": grid,
+        "txt_ids": torch.zeros(TEXT, 3),
+    }
+
+
+def step_seconds(model: nn.Module, scheduler: FlowMatchEulerDiscreteScheduler) -> list[float]:
+    """Seconds of each denoiser call of one run."""
+    scheduler.set_timesteps(STEPS)
+    given, seconds = inputs(), []
+    for t in scheduler.timesteps:
+        begin = time.perf_counter()
+        out = model(timestep=t[None] / 1000, return_dict=False, **given)[0]
+        seconds.append(time.perf_counter() - begin)
+        given["hidden_states"] = scheduler.step(out, t, given["hidden_states"]).prev_sample
+    return seconds
+
+
+class _Nothing(nn.Module):
+    """Stands where a Flux block stood and hands its inputs on."""
+
+    def forward(
+        self, hidden_states: torch.Tensor, encoder_hidden_states: torch.Tensor, **_: object
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return encoder_hidden_states, hidden_states
+
+
+def without_blocks(model: FluxTransformer2DModel) -> FluxTransformer2DModel:
+    """The model with its blocks taken out: what every reused step still has to do."""
+    bare = transformer()
+    bare.load_state_dict(model.state_dict())
+    bare.transformer_blocks = nn.ModuleList(_Nothing() for _ in model.transformer_blocks)
+    bare.single_transformer_blocks = nn.ModuleList(
+        _Nothing() for _ in model.single_transformer_blocks
+    )
+    return bare
+
+
+@torch.no_grad()
+def measure(repeats: int) -> dict[str, float]:
+    """Ratios, each the median over `repeats` interleaved runs."""
+    plain, enabled = transformer(), transformer()
+    bare = without_blocks(plain)
+    scheduler = FlowMatchEulerDiscreteScheduler()
+    reuse_all = Recipe((Rule(Site("stack"), MaskTable(((0,),), STEPS)),), name="all")
+    never = Recipe((Rule(Site("stack"), Every(1)),), name="never")
+    closed = Recipe((Rule(Site("span", 1), Gate(0.0)),), name="closed gate")
+    pairs: dict[str, list[float]] = {"nothing_reused": [], "gate_never_fires": [], "all_reused": []}
+    cases = (
+        ("nothing_reused", never, plain),
+        ("gate_never_fires", closed, plain),
+        ("all_reused", reuse_all, bare),
+    )
+    for _ in range(repeats):
+        for name, recipe, reference in cases:
+            with blockcache.enabled(enabled, recipe, scheduler=scheduler):
+                ours, theirs = [], []
+                for _ in range(3):
+                    theirs += step_seconds(reference, scheduler)[1:]
+                    ours += step_seconds(enabled, scheduler)[1:]
+            # The quietest steps: anything else that runs on the machine only ever adds time.
+            pairs[name].append(min(ours) / min(theirs))
+    return {name: statistics.median(ratios) for name, ratios in pairs.items()}
+
+
+@click.command()
+@click.option("--json", "file", type=click.Path(dir_okay=False, path_type=Path))
+@click.option("--repeats", default=7, show_default=True)
+def main(file: Path | None, repeats: int) -> None:
+    """Print the cost table."""
+    torch.set_num_threads(1)
+    ratios = measure(repeats)
+    limits = {"nothing_reused": 1.01, "gate_never_fires": 1.02, "all_reused": 1.05}
+    table = Table("case", "ratio", "limit", title=f"cost, {WIDTH} wide, {TOKENS}+{TEXT} tokens")
+    for name, ratio in ratios.items():
+        table.add_row(name.replace("_", " "), f"{ratio:.3f}", f"{limits[name]:.2f}")
+    Console().print(table)
+    if file is not None:
+        file.write_text(json.dumps({"torch": torch.__version__, "ratios": ratios}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
