@@ -16,6 +16,8 @@ from blockcache.errors import (
     UnsupportedModelError,
 )
 from blockcache.plan import Plan, Recipe, Rule, Site
+from blockcache.tuning.compare import compare
+from blockcache.tuning.comparison import Comparison
 
 # from blockcache.tuning.compare import Comparison, compare
 
@@ -23,6 +25,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BlockCacheError",
+    "Comparison",
     "Plan",
     "PlanError",
     "PlanMismatchError",
@@ -30,6 +33,7 @@ __all__ = [
     "Rule",
     "Site",
     "UnsupportedModelError",
+    "compare",
     "disable",
     "enable",
     "enabled",

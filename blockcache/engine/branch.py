@@ -99,12 +99,14 @@ class Branch:
     is_layered: bool = False
     """Whether units overlap, so that one may be skipped while another one is due."""
     _roles: dict[frozenset[int], dict[int, Role]] = field(default_factory=dict)
+    _skipped: dict[frozenset[int], frozenset[int]] = field(default_factory=dict)
     _alike: dict[int, bool] = field(default_factory=dict)
 
     def wire(self, wiring: Wiring) -> list[str]:
         """Lay the rules out on what was seen. Returns why a site had to be left out, if any."""
         self.wiring = wiring
-        self.units, self.probes, self._roles, self._alike = [], [], {}, {}
+        self.units, self.probes = [], []
+        self._roles, self._skipped, self._alike = {}, {}, {}
         layout = Layout(wiring.chains, self.blocks.unet)
         refused: list[str] = []
         for number, rule in enumerate(self.recipe.rules):
@@ -138,7 +140,7 @@ class Branch:
                 return f"block {i} also feeds block {j} outside it by a skip connection"
         if not self.blocks.unet:
             for i in self._wired.called:
-                if unit.covers(i) and self._wired.ports[i].extras():
+                if unit.covers(i) and self._wired.ports[i].extras:
                     return f"{self.blocks.blocks[i].path} returns tensors that are no streams"
         return ""
 
@@ -159,6 +161,13 @@ class Branch:
         if reused not in self._roles:
             self._roles[reused] = self._make_roles([self.units[i] for i in sorted(reused)])
         return self._roles[reused]
+
+    def skipped(self, reused: frozenset[int]) -> frozenset[int]:
+        """The blocks that are skipped when exactly the units numbered in `reused` are reused."""
+        roles = self.roles(reused)
+        if reused not in self._skipped:
+            self._skipped[reused] = frozenset(i for i, role in roles.items() if role.skip)
+        return self._skipped[reused]
 
     def _make_roles(self, reused: Sequence[Unit]) -> dict[int, Role]:
         skipping = {i: self._outermost(i, reused) for i in self._wired.called}
@@ -207,7 +216,7 @@ class Branch:
             if isinstance(value, torch.Tensor) and name in entered:
                 stored[name] = self._encoded(unit, entered[name], value)
         if unit.keeps_extras:
-            stored |= {n: leaf_at(output, p).clone() for n, p in port.extras().items()}
+            stored |= {n: leaf_at(output, p).clone() for n, p in port.extras.items()}
         return stored
 
     def _encoded(self, unit: Unit, entered: torch.Tensor, left: torch.Tensor) -> torch.Tensor:
@@ -239,20 +248,20 @@ class Branch:
         predictor = self.recipe.rules[unit.rule].predictor
         return predictor.weights(at, [anchor.step for anchor in unit.history])
 
-    def passed_through(self, index: int, entered: Values) -> Any:
-        """The output of a skipped block inside a unit: its streams, unchanged.
+    def passed_through(self, index: int) -> Any:
+        """The output of a skipped block inside a unit: fresh memory in the form of its streams.
 
-        What the model adds to them before the next block is lost on purpose: the unit's payload
-        already holds it.
+        Nothing in it is ever read: what the model adds before the next block is lost on purpose,
+        for the unit's payload holds it already. It is fresh because the model may write into it.
         """
         port = self._wired.ports[index]
-        kept = {}
-        for name, path in port.outputs.items():
-            form = leaf_at(port.form, path)
-            value = entered.get(name)
-            if value is not None and form is not None and value.shape == form.shape:
-                kept[name] = value
-        return port.build(kept)
+        forms = {name: leaf_at(port.form, path) for name, path in port.outputs.items()}
+        fresh = {
+            name: torch.empty(form.shape, dtype=form.dtype, device=form.device)
+            for name, form in forms.items()
+            if form is not None
+        }
+        return port.build(fresh)
 
     def passes_alike(self, index: int) -> bool:
         """Whether block `index` passes through exactly what the block before it did."""

@@ -112,10 +112,12 @@ class Attachment:
             self._blocks = [BlockHook(engine, i, module) for i, module in enumerate(blocks)]
             self.root = RootHook(engine, self._blocks)
             self.root.attachment = self
-            self._handles = [
-                denoiser.register_forward_pre_hook(self.root.before, with_kwargs=True),
-                denoiser.register_forward_hook(self.root.after, with_kwargs=True, always_call=True),
-            ]
+            before = denoiser.register_forward_pre_hook(self.root.before, with_kwargs=True)
+            self._handles.append(before)
+            after = denoiser.register_forward_hook(
+                self.root.after, with_kwargs=True, always_call=True
+            )
+            self._handles.append(after)
         except BaseException:
             self.detach()
             raise

@@ -128,7 +128,7 @@ class Runner:
                 # Copies, for a block may write into its input.
                 forward.inputs[part] = {name: x.clone() for name, x in entered.items()}
         if role.skip is not None:
-            output = self._skip(forward, role.skip, index, args, kwargs)
+            output = self._skip(forward, role.skip, index, inner, args, kwargs)
         else:
             output = inner(*args, **kwargs)
         for part in role.leave:
@@ -282,6 +282,9 @@ class Runner:
             asked = self._gate_asks(run, branch, gate, probe, forward.step)
             run.gated[probe.rule] = bool(asked)
         branch.stats.decided[asked or "reuse"] += 1
+        if asked:
+            # Measured against the old reference, it says nothing about the steps to come.
+            probe.change = None
         if asked or gate.reference == "previous":
             probe.reference = current
         if not asked:
@@ -315,24 +318,23 @@ class Runner:
         forward: Forward,
         unit: Unit,
         index: int,
+        inner: Callable[..., Any],
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> Any:
         branch = forward.branch
-        is_inside = index not in (unit.first, unit.last)
-        if is_inside and forward.passed is not None and branch.passes_alike(index):
-            # What goes in here is discarded anyway, so the first skipped block's output serves all.
-            return forward.passed
-        entered = branch.inputs(index, args, kwargs)
         if index == unit.first:
+            entered = branch.inputs(index, args, kwargs)
             # Predicted at once: the model may write into what is passed through behind it.
             forward.open[unit] = branch.predict(unit, forward.step, entered)
+        elif unit not in forward.open:
+            # The model left out the first block this time; `end` will see to that.
+            return inner(*args, **kwargs)
+        elif index != unit.last and branch.passes_alike(index):
+            return forward.passed
         if index == unit.last:
-            values = forward.open.pop(unit, None)
-            return branch.built(index, values if values is not None else entered)
-        # Copies, for the model may write into what it takes for a block's fresh output.
-        copies = {name: x.clone() for name, x in entered.items()}
-        forward.passed = branch.passed_through(index, copies)
+            return branch.built(index, forward.open.pop(unit))
+        forward.passed = branch.passed_through(index)
         return forward.passed
 
     def _store(self, forward: Forward, unit: Unit, output: Any) -> None:
@@ -436,12 +438,9 @@ class Runner:
     def _account(self, forward: Forward) -> None:
         run: Run = self._local.run
         branch = forward.branch
-        units = [branch.units[i] for i in forward.reused]
-        for unit in branch.units:
-            unit.streak = unit.streak + 1 if unit in units else 0
-        called = branch.wiring.called if branch.wiring is not None else ()
-        skipped = frozenset(i for i in called if any(u.covers(i) for u in units))
-        branch.stats.record(len(forward.called), skipped)
+        for number, unit in enumerate(branch.units):
+            unit.streak = unit.streak + 1 if number in forward.reused else 0
+        branch.stats.record(len(forward.called), branch.skipped(forward.reused))
         if forward.step.index == len(run.steps) - 1:
             branch.drop()
             if run.calls >= run.calls_before:

@@ -40,6 +40,7 @@ class Tracker:
         self._scheduler: Any = None
         self._timesteps: Any = None
         self._position: Any = None
+        self._first_position: Any = None
         self._first = 0
         self._index = 0
         self._call = 0
@@ -74,12 +75,15 @@ class Tracker:
         if scheduler is not self._scheduler or scheduler.timesteps is not self._timesteps:
             return True
         # The same timesteps walked again: a caller's own loop that does not set them anew.
-        return isinstance(position, int) and self._first + self._index > position
+        if isinstance(position, int):
+            return self._first + self._index > position
+        return bool(position == self._first_position and position != self._position)
 
     def _start(self, scheduler: Any, timestep: Any, position: Any) -> None:
         self._scheduler, self._timesteps = scheduler, scheduler.timesteps
         levels = _noise_levels(scheduler)
         self.scheduled = len(levels)
+        self._first_position = position
         self._first = min(_start_index(scheduler, timestep, position), len(levels) - 1)
         # Image-to-image enters late: its run is what is left of the schedule.
         rest = levels[self._first :]

@@ -6,6 +6,7 @@ object which the next block receives names its stream. Nothing relies on class n
 """
 
 import ast
+import functools
 import inspect
 import textwrap
 import weakref
@@ -46,6 +47,7 @@ class Port:
     outputs: dict[str, Path]
     form: Any
 
+    @functools.cached_property
     def extras(self) -> dict[str, Path]:
         """Output tensors that belong to no stream, such as a U-Net's skip connections."""
         streams = set(self.outputs.values())
@@ -57,11 +59,8 @@ class Port:
 
     def build(self, values: dict[str, torch.Tensor]) -> Any:
         """An output in this block's form, from stream (and extra) values by name."""
-        by_path = {
-            path: values[name]
-            for name, path in (self.outputs | self.extras()).items()
-            if name in values
-        }
+        places = self.outputs | self.extras if self.extras else self.outputs
+        by_path = {path: values[name] for name, path in places.items() if name in values}
         return _filled(self.form, by_path, ())
 
 
