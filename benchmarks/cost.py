@@ -1,4 +1,4 @@
-"""What blockcache itself costs: `python -m benchmarks.cost [--json FILE]`.
+"""What blockcache itself costs: `python -m benchmarks.cost`.
 
 A Flux-like transformer, 256 wide, 256 image and 16 text tokens, one CPU thread, in a bare loop.
 Each figure is a ratio of two ways to do the same step, measured side by side in one run:
@@ -10,6 +10,7 @@ Each figure is a ratio of two ways to do the same step, measured side by side in
 """
 
 import json
+import logging
 import statistics
 import time
 from pathlib import Path
@@ -17,12 +18,13 @@ from pathlib import Path
 import click
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
-from rich.console import Console
-from rich.table import Table
 from torch import nn
 
 import blockcache
 from blockcache.plan import Every, Gate, MaskTable, Recipe, Rule, Site
+from blockcache.tuning import environment
+
+RESULTS = Path(__file__).resolve().parent / "results" / "cost.json"
 
 WIDTH, TOKENS, TEXT, STEPS = 256, 256, 16, 12
 
@@ -130,20 +132,30 @@ def measure(repeats: int) -> dict[str, float]:
     return {name: statistics.median(ratios) for name, ratios in pairs.items()}
 
 
+LIMITS = {"nothing_reused": 1.01, "gate_never_fires": 1.02, "all_reused": 1.05}
+
+
+def markdown(ratios: dict[str, float]) -> str:
+    """The table for the README."""
+    rows = [f"| {n.replace('_', ' ')} | {r:.3f} | {LIMITS[n]:.2f} |" for n, r in ratios.items()]
+    size = f"Flux-like, {WIDTH} wide, {TOKENS}+{TEXT} tokens, one CPU thread"
+    head = f"| {size} | ratio | limit |\n|---|--:|--:|"
+    return "\n".join((head, *rows))
+
+
 @click.command()
-@click.option("--json", "file", type=click.Path(dir_okay=False, path_type=Path))
+@click.option("--json", "file", type=click.Path(dir_okay=False, path_type=Path), default=RESULTS)
 @click.option("--repeats", default=7, show_default=True)
-def main(file: Path | None, repeats: int) -> None:
-    """Print the cost table."""
+def main(file: Path, repeats: int) -> None:
+    """Print the cost table and write it as JSON."""
     torch.set_num_threads(1)
+    logging.disable(logging.WARNING)
     ratios = measure(repeats)
-    limits = {"nothing_reused": 1.01, "gate_never_fires": 1.02, "all_reused": 1.05}
-    table = Table("case", "ratio", "limit", title=f"cost, {WIDTH} wide, {TOKENS}+{TEXT} tokens")
-    for name, ratio in ratios.items():
-        table.add_row(name.replace("_", " "), f"{ratio:.3f}", f"{limits[name]:.2f}")
-    Console().print(table)
-    if file is not None:
-        file.write_text(json.dumps({"torch": torch.__version__, "ratios": ratios}, indent=1) + "\n")
+    click.echo(markdown(ratios))
+    data = {"versions": environment.versions(), "machine": environment.machine("cpu")}
+    data |= {"ratios": ratios, "markdown": markdown(ratios)}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(data, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -68,6 +68,12 @@ def enable(target: T, what: What = "balanced", *, scheduler: Any = None) -> T:
     for model, runner in prepared:
         runner.siblings = [other for _, other in prepared if other is not runner]
         Attachment(runner, model, [block.module for block in runner.blocks])
+        if is_compiled_whole(target, model):
+            logger.warning(
+                "%s is compiled as a whole, so nothing can be reused in it: "
+                "compile its blocks instead (compile_repeated_blocks)",
+                type(model).__name__,
+            )
         name, count = type(model).__name__, len(runner.blocks)
         logger.info("%s: enabled %s on %d blocks", name, runner.recipe.name, count)
     return target
@@ -98,10 +104,10 @@ def summary(target: Any) -> Summary:
     Raises:
         BlockCacheError: nothing is enabled on `target`.
     """
-    runners = enabled_runners(target)
-    if not runners:
+    attached = attachments(target)
+    if not attached:
         raise BlockCacheError("nothing is enabled here; call blockcache.enable(...) first")
-    return summarise(runners)
+    return summarise(attached)
 
 
 def plan_for(target: Any, what: What = "balanced", steps: int = 50, sigmas: Any = None) -> Plan:
@@ -185,10 +191,17 @@ def fingerprint(model: nn.Module, blocks: Blocks, sampler: str = "") -> Fingerpr
     return Fingerprint(type(model).__name__, digest, len(blocks), sampler, dtype)
 
 
-def enabled_runners(target: Any) -> dict[str, Runner]:
-    """The runners of the enabled denoisers by component name."""
+def attachments(target: Any) -> dict[str, Attachment]:
+    """What is attached to the enabled denoisers, by component name."""
     found = {name: attachment_of(model) for name, model in denoisers(target).items()}
-    return {n: a.engine for n, a in found.items() if a and isinstance(a.engine, Runner)}
+    return {name: attachment for name, attachment in found.items() if attachment is not None}
+
+
+def is_compiled_whole(target: Any, model: nn.Module) -> bool:
+    """Whether the denoiser is wrapped by torch.compile, or compiled in place."""
+    parts = (target, *(getattr(target, name, None) for name in _DENOISERS))
+    is_wrapped = any(getattr(part, "_orig_mod", None) is model for part in parts)
+    return is_wrapped or model._compiled_call_impl is not None
 
 
 def _runner(model: nn.Module, chosen: Recipe | Plan, scheduler: Any) -> Runner:

@@ -45,6 +45,8 @@ class Run:
     gated: dict[int, bool] = field(default_factory=dict)
     """Gated rule to whether this step's first branch computes it."""
     adapter: Any = None
+    objection: str = ""
+    """Why the whole run is computed plainly."""
     schedules: dict[tuple[int, int], Schedule | None] = field(default_factory=dict)
 
 
@@ -92,16 +94,17 @@ class Runner:
     def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Before the denoiser's forward: find out where we are and decide what can be decided."""
         self._local.forward = None
-        if torch.is_grad_enabled():
-            self._bypass("gradients are enabled; wrap the call in torch.no_grad()")
-            return
         scheduler = self._scheduler or scheduler_of_caller(self.denoiser)
-        if getattr(scheduler, "timesteps", None) is None:
-            self._bypass("no scheduler is in sight; pass enable(..., scheduler=...)")
+        objection = self._objection(scheduler)
+        if objection:
+            self._bypass(objection)
             return
         named = dict(zip(self._names, args, strict=False)) | kwargs
         moment = self._tracker.locate(scheduler, named.get("timestep", named.get("t")))
         run: Run = self._start_run() if moment.is_new_run else self._local.run
+        if run.objection:
+            self._bypass(run.objection)
+            return
         if moment.call >= _MOST_CALLS:
             self._bypass("the scheduler stays at one step; give the scheduler that really steps")
             self._release(run)
@@ -159,6 +162,16 @@ class Runner:
         """Drop all state of the calling thread."""
         self._abandon()
 
+    def _objection(self, scheduler: Any) -> str:
+        """Why this call had better be left alone, or an empty string."""
+        if torch.is_grad_enabled():
+            return "gradients are enabled; wrap the call in torch.no_grad()"
+        if getattr(self.denoiser, "is_cache_enabled", False):
+            return "diffusers' own cache was enabled on the model; call disable_cache()"
+        if getattr(scheduler, "timesteps", None) is None:
+            return "no scheduler is in sight; pass enable(..., scheduler=...)"
+        return ""
+
     # ---- runs, steps, branches -----------------------------------------------------------------
 
     @property
@@ -177,6 +190,8 @@ class Runner:
         self._runs += 1
         run = Run(self._tracker.steps, RunStats(self._runs))
         run.adapter = signals.adapter_state(self.denoiser)
+        if any(rule.site.scope != "stack" for rule in self.recipe.rules):
+            run.objection = signals.offloading_objection(self.blocks)
         self._local.run = run
         self.last_run = run.stats
         self._remark_on_steps(run)

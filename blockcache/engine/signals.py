@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from blockcache.engine.blocks import Blocks
 from blockcache.engine.branch import Branch, Probe, Unit, Values
 from blockcache.engine.stats import SAMPLE, RunStats, ratios, spread
 from blockcache.engine.wiring import leaf_at
@@ -57,6 +58,20 @@ def adapter_state(denoiser: nn.Module) -> Any:
             active = tuple(getattr(module, "active_adapters", ()))
             return active, tuple(sorted(scaling.items())), getattr(module, "disable_adapters", None)
     return None
+
+
+def offloading_objection(blocks: Blocks) -> str:
+    """Why parts of the stack cannot be skipped under diffusers' group offloading, if so.
+
+    Blocks offloaded together are loaded by the first of them; skipping that one alone would leave
+    the others behind on the wrong device.
+    """
+    for block in blocks:
+        hooks = getattr(getattr(block.module, "_diffusers_hook", None), "hooks", {})
+        group = getattr(hooks.get("group_offloading"), "group", None)
+        if len(getattr(group, "modules", ())) > 1:
+            return "blocks are offloaded in groups; use num_blocks_per_group=1 or a 'stack' recipe"
+    return ""
 
 
 def copied(output: Any) -> Any:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
+from blockcache.engine.hooks import Attachment
 from blockcache.engine.runner import Runner
 
 
@@ -21,13 +22,19 @@ class Summary:
         return "\n".join(_screen(model) for model in self.models)
 
 
-def summarise(runners: dict[str, Runner]) -> Summary:
-    """Read the figures off the runners."""
-    return Summary(tuple(_figures(name, runner) for name, runner in runners.items()))
+def summarise(attached: dict[str, Attachment]) -> Summary:
+    """Read the figures off what is attached to the denoisers."""
+    return Summary(tuple(_figures(name, attachment) for name, attachment in attached.items()))
 
 
-def _figures(name: str, runner: Runner) -> dict[str, Any]:
+def _figures(name: str, attachment: Attachment) -> dict[str, Any]:
+    runner = attachment.engine
+    if not isinstance(runner, Runner):
+        raise TypeError(f"expected a Runner, got {type(runner).__name__}")
     run = runner.last_run
+    reasons = dict(run.reasons) if run else {}
+    if attachment.root.is_traced:
+        reasons["the whole model is compiled, so nothing is reused; compile its blocks"] = 1
     branches = [branch.as_dict() for branch in run.branches] if run else []
     return {
         "part": name,
@@ -36,27 +43,27 @@ def _figures(name: str, runner: Runner) -> dict[str, Any]:
         "branches": branches,
         "cache_bytes": run.cache_bytes if run else 0,
         "skipped_fraction": run.skipped_fraction() if run else 0.0,
-        "reasons": dict(run.reasons) if run else {},
+        "reasons": reasons,
     }
 
 
 def _screen(model: dict[str, Any]) -> str:
     lines = [f"blockcache  {model['model']}  {model['recipe']}"]
+    why = [f"{reason} ({count} times)" for reason, count in model["reasons"].items()]
     if not model["branches"]:
-        return lines[0] + "\nno run yet"
+        return "\n".join([*lines, *(why or ["no run yet"])])
     lines.append("branch  steps  computed  reused  change min/median/max   drift estimate")
     for branch in model["branches"]:
         change, drift = branch["change"], branch["drift_db"]
         seen = "-" if change is None else "{min:.3f} / {median:.3f} / {max:.3f}".format(**change)
-        shown = "-" if drift is None else f"{drift:.0f} dB"
+        shown = "-" if drift is None else f"{max(drift, 0.0):.0f} dB"
         lines.append(
             f"{branch['name']:6}  {branch['steps']:5}  {branch['computed']:8}  "
             f"{branch['reused']:6}  {seen:23}  {shown}"
         )
     skipped = f"block calls skipped: {100 * model['skipped_fraction']:.0f} %"
     lines.append(f"{skipped}   cache {model['cache_bytes'] / 2**20:.2f} MiB   {_shares(model)}")
-    lines += [f"{reason}: {count} times" for reason, count in model["reasons"].items()]
-    return "\n".join(lines)
+    return "\n".join([*lines, *why])
 
 
 def _shares(model: dict[str, Any]) -> str:

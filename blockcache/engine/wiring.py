@@ -124,7 +124,8 @@ def _form_of(output: Any) -> Any:
 @dataclass
 class _Call:
     index: int
-    bound: dict[str, Any]
+    shapes: dict[str, torch.Size | None]
+    """Shapes of the arguments by name, None for what is no tensor."""
     outputs: list[tuple[Path, "weakref.ref[torch.Tensor]"]] = field(default_factory=list)
     form: Any = None
     links: dict[Path, str] = field(default_factory=dict)
@@ -148,7 +149,8 @@ class Watch:
             for _, value in leaves(argument):
                 if isinstance(value, torch.Tensor):
                     self._link(index, name, value)
-        self._calls.append(_Call(index, {k: type(v) for k, v in bound.items()}))
+        shapes = {k: v.shape if isinstance(v, torch.Tensor) else None for k, v in bound.items()}
+        self._calls.append(_Call(index, shapes))
         return bound
 
     def after(self, output: Any) -> None:
@@ -191,7 +193,7 @@ class Watch:
             self._stream_names(position).items(), key=lambda item: order.get(item[1], 99)
         )
         outputs = {name: path for path, name in named}
-        inputs = {name: name for name in outputs if name in call.bound}
+        inputs = {name: name for name in outputs if name in call.shapes}
         if not inputs:
             raise ValueError(
                 f"cannot tell which output of {self._blocks[call.index].path} is which stream"
@@ -199,20 +201,36 @@ class Watch:
         return Port(inputs, outputs, call.form)
 
     def _stream_names(self, position: int) -> dict[Path, str]:
-        """Output position to stream name, by the best evidence there is."""
+        """Output position to stream name, for each position by the best evidence there is.
+
+        A stream that the model changes between two blocks (ControlNet) is not seen to be handed on;
+        its name then comes from another block of the kind, or from the source.
+        """
         call = self._calls[position]
-        if call.links:
-            return call.links
-        block = self._blocks[call.index]
+        names = dict(call.links)
+        for evidence in (*self._links_of_its_kind(call), self._written_names(call)):
+            for path, name in evidence.items():
+                if path not in names and name not in names.values():
+                    names[path] = name
+        return names or self._only_tensor(call)
+
+    def _links_of_its_kind(self, call: _Call) -> Iterator[dict[Path, str]]:
+        kind = type(self._blocks[call.index].module)
         for other in self._calls:
-            same_kind = type(self._blocks[other.index].module) is type(block.module)
-            if other.links and same_kind and _same_shape(other.form, call.form):
-                return other.links
-        written = _returned_names(type(block.module))
+            if type(self._blocks[other.index].module) is kind and _nest_alike(
+                other.form, call.form
+            ):
+                yield other.links
+
+    def _written_names(self, call: _Call) -> dict[Path, str]:
+        written = _returned_names(type(self._blocks[call.index].module))
         paths = [path for path, _ in leaves(call.form)]
-        if len(written) == len(paths) and all(name in call.bound for name in written):
-            return dict(zip(paths, written, strict=True))
-        tensors = [name for name, kind in call.bound.items() if issubclass(kind, torch.Tensor)]
+        if len(written) != len(paths):
+            return {}
+        return {p: n for p, n in zip(paths, written, strict=True) if n in call.shapes}
+
+    def _only_tensor(self, call: _Call) -> dict[Path, str]:
+        tensors = [name for name, shape in call.shapes.items() if shape is not None]
         if tensors and (isinstance(call.form, Gap) or self._unet):
             return {(() if isinstance(call.form, Gap) else (0,)): tensors[0]}
         return {}
@@ -230,14 +248,19 @@ class Watch:
         a, b = self._blocks[before.index], self._blocks[call.index]
         if a.group == b.group or self._unet:
             return False
-        names = set(self._port(self._calls.index(before)).outputs)
-        return not before.links or set(before.links.values()) != names
+        handed_on = set(before.links.values())
+        for name, path in self._port(self._calls.index(before)).outputs.items():
+            form = leaf_at(before.form, path)
+            arrives = isinstance(form, Gap) and call.shapes.get(name) == form.shape
+            if name not in handed_on and not arrives:
+                return True
+        return not handed_on
 
 
-def _same_shape(a: Any, b: Any) -> bool:
+def _nest_alike(a: Any, b: Any) -> bool:
     """Whether two forms nest alike; a stream that ends (None) may stand for a tensor."""
     if isinstance(a, (tuple, list)) and isinstance(b, (tuple, list)):
-        return len(a) == len(b) and all(_same_shape(x, y) for x, y in zip(a, b, strict=True))
+        return len(a) == len(b) and all(_nest_alike(x, y) for x, y in zip(a, b, strict=True))
     return not isinstance(a, (tuple, list)) and not isinstance(b, (tuple, list))
 
 
