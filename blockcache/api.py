@@ -117,8 +117,8 @@ def plan_for(target: Any, what: What = "balanced", steps: int = 50, sigmas: Any 
         target: A pipeline or denoiser; of a pipeline with two denoisers the first is taken.
         what: As for `enable`.
         steps: Steps of the run.
-        sigmas: Noise levels of those steps; without them the plan travels to other step counts by
-            share of the run.
+        sigmas: The sampler's noise levels, one per step (and a final one); without them the plan
+            travels to other step counts by share of the run.
 
     Raises:
         PlanError, UnsupportedModelError: as for `enable`.
@@ -130,10 +130,14 @@ def plan_for(target: Any, what: What = "balanced", steps: int = 50, sigmas: Any 
         return chosen
     model = next(iter(denoisers(target).values()))
     blocks = find_blocks(model)
-    places = even_steps(steps) if sigmas is None else steps_from_sigmas(list(sigmas)[:steps])
+    levels = None if sigmas is None else [float(s) for s in sigmas]
+    if levels is not None and len(levels) not in (steps, steps + 1):
+        raise PlanError(f"expected {steps} sigmas (or one more, the final one), got {len(levels)}")
+    places = even_steps(steps) if levels is None else steps_from_sigmas(levels[:steps])
     sampler = type(getattr(target, "scheduler", None)).__name__
     mark = fingerprint(model, blocks, "" if sampler == "NoneType" else sampler)
-    return Plan.make(chosen, mark, places, Layout((len(blocks),), blocks.unet))
+    layout = Layout((len(blocks),), blocks.unet)
+    return Plan.make(chosen, mark, places, layout, with_sigmas=levels is not None)
 
 
 def denoisers(target: Any) -> dict[str, nn.Module]:

@@ -53,6 +53,11 @@ class Unit:
         """Whether all of `other` is part of the unit."""
         return self.first <= other.first and other.last <= self.last
 
+    def crosses(self, other: "Unit") -> bool:
+        """Whether the two overlap and neither contains the other."""
+        overlap = self.first <= other.last and other.first <= self.last
+        return overlap and not self.contains(other) and not other.contains(self)
+
 
 @dataclass(eq=False)
 class Probe:
@@ -155,6 +160,15 @@ class Branch:
         if self.wiring is None:
             raise RuntimeError("the branch has not been watched yet")
         return self.wiring
+
+    def compatible(self, wanted: set[int]) -> frozenset[int]:
+        """Of overlapping units neither of which contains the other, only the earlier rule's."""
+        kept: list[int] = []
+        for number in sorted(wanted):
+            unit = self.units[number]
+            if not any(unit.crosses(self.units[other]) for other in kept):
+                kept.append(number)
+        return frozenset(kept)
 
     def roles(self, reused: frozenset[int]) -> dict[int, Role]:
         """Roles by block number when exactly the units numbered in `reused` are reused."""

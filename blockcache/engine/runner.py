@@ -259,7 +259,7 @@ class Runner:
             branch.stats.decided[asked or "reuse"] += 1
             if not asked:
                 reused.add(number)
-        return frozenset(reused)
+        return branch.compatible(reused)
 
     def _schedule(self, run: Run, unit: Unit) -> Schedule:
         key = (unit.rule, unit.rows)
@@ -303,7 +303,7 @@ class Runner:
         if asked or gate.reference == "previous":
             probe.reference = current
         if not asked:
-            forward.reused = forward.reused.union(units)
+            forward.reused = branch.compatible({*forward.reused, *units})
             forward.roles = branch.roles(forward.reused)
 
     def _gate_asks(self, run: Run, branch: Branch, gate: Gate, probe: Probe, step: Step) -> str:

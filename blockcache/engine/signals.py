@@ -9,7 +9,7 @@ from torch import nn
 from blockcache.engine.blocks import Blocks
 from blockcache.engine.branch import Branch, Probe, Unit, Values
 from blockcache.engine.stats import SAMPLE, RunStats, ratios, spread
-from blockcache.engine.wiring import leaf_at
+from blockcache.engine.wiring import leaf_at, rebuilt
 from blockcache.kernels.linear_combine import relative_change
 from blockcache.plan.policies import Gate
 from blockcache.plan.recipe import Recipe
@@ -77,7 +77,7 @@ def offloading_objection(blocks: Blocks) -> str:
 def copied(output: Any) -> Any:
     """The output with every tensor copied."""
     if isinstance(output, (tuple, list)):
-        return type(output)(copied(item) for item in output)
+        return rebuilt(output, [copied(item) for item in output])
     return output.clone() if isinstance(output, torch.Tensor) else output
 
 
@@ -92,7 +92,7 @@ def probe_residual(
         return None
     port = branch.wiring.ports[probe.last]
     name = next(iter(port.outputs))
-    left = leaf_at(output, port.outputs[name])
+    left: torch.Tensor = leaf_at(output, port.outputs[name])
     before = entered.get(name)
     if before is None or before.shape != left.shape:
         return left.clone()

@@ -35,6 +35,9 @@ class Gap:
         return torch.zeros((), dtype=self.dtype, device=self.device).expand(self.shape)
 
 
+_PLAIN = (Gap, bool, int, float, str, type(None))
+
+
 @dataclass(frozen=True)
 class Port:
     """The streams of one block in one branch.
@@ -103,10 +106,15 @@ def leaf_at(value: Any, path: Path) -> Any:
     return value
 
 
+def rebuilt(container: Any, items: list[Any]) -> Any:
+    """A tuple, named tuple or list of the same type with other items."""
+    is_named = hasattr(container, "_fields")
+    return type(container)(*items) if is_named else type(container)(items)
+
+
 def _filled(form: Any, values: dict[Path, torch.Tensor], path: Path) -> Any:
     if isinstance(form, (tuple, list)):
-        items = [_filled(item, values, (*path, i)) for i, item in enumerate(form)]
-        return items if isinstance(form, list) else tuple(items)
+        return rebuilt(form, [_filled(item, values, (*path, i)) for i, item in enumerate(form)])
     if path in values:
         return values[path]
     return form.fill() if isinstance(form, Gap) else form
@@ -114,8 +122,7 @@ def _filled(form: Any, values: dict[Path, torch.Tensor], path: Path) -> Any:
 
 def _form_of(output: Any) -> Any:
     if isinstance(output, (tuple, list)):
-        items = [_form_of(item) for item in output]
-        return items if isinstance(output, list) else tuple(items)
+        return rebuilt(output, [_form_of(item) for item in output])
     if isinstance(output, torch.Tensor):
         return Gap(output.shape, output.dtype, output.device)
     return output
@@ -126,6 +133,7 @@ class _Call:
     index: int
     shapes: dict[str, torch.Size | None]
     """Shapes of the arguments by name, None for what is no tensor."""
+    ids: dict[str, int]
     outputs: list[tuple[Path, "weakref.ref[torch.Tensor]"]] = field(default_factory=list)
     form: Any = None
     links: dict[Path, str] = field(default_factory=dict)
@@ -150,7 +158,7 @@ class Watch:
                 if isinstance(value, torch.Tensor):
                     self._link(index, name, value)
         shapes = {k: v.shape if isinstance(v, torch.Tensor) else None for k, v in bound.items()}
-        self._calls.append(_Call(index, shapes))
+        self._calls.append(_Call(index, shapes, {name: id(v) for name, v in bound.items()}))
         return bound
 
     def after(self, output: Any) -> None:
@@ -207,6 +215,10 @@ class Watch:
         its name then comes from another block of the kind, or from the source.
         """
         call = self._calls[position]
+        opaque = [leaf for _, leaf in leaves(call.form) if not isinstance(leaf, _PLAIN)]
+        if opaque:
+            path, kind = self._blocks[call.index].path, type(opaque[0]).__name__
+            raise ValueError(f"cannot tell which stream is which: {path} returns a {kind}")
         names = dict(call.links)
         for evidence in (*self._links_of_its_kind(call), self._written_names(call)):
             for path, name in evidence.items():
@@ -231,6 +243,9 @@ class Watch:
 
     def _only_tensor(self, call: _Call) -> dict[Path, str]:
         tensors = [name for name, shape in call.shapes.items() if shape is not None]
+        # What every block gets as the same object (time embedding, mask) is no stream.
+        changing = [n for n in tensors if len({c.ids.get(n) for c in self._calls}) > 1]
+        tensors = changing or tensors
         if tensors and (isinstance(call.form, Gap) or self._unet):
             return {(() if isinstance(call.form, Gap) else (0,)): tensors[0]}
         return {}

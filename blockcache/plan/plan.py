@@ -78,9 +78,13 @@ class Plan:
         steps: Sequence[Step],
         layout: Layout,
         note: str = "",
+        with_sigmas: bool = True,
     ) -> "Plan":
-        """Evaluate `recipe` for `steps` of the model that `fingerprint` names."""
-        written = recipe.written_down(steps, layout)
+        """Evaluate `recipe` for `steps` of the model that `fingerprint` names.
+
+        with_sigmas: False where the steps' noise levels are not the sampler's.
+        """
+        written = recipe.written_down(steps, layout, with_sigmas)
         return cls(written, fingerprint, len(steps), {}, note)
 
     def to_json(self) -> dict[str, Any]:

@@ -76,14 +76,18 @@ class Recipe:
         """Whether every decision is known before the first forward."""
         return all(isinstance(rule.policy, StaticPolicy) for rule in self.rules)
 
-    def written_down(self, steps: Sequence[Step], layout: Layout) -> "Recipe":
-        """The same recipe with every static policy replaced by its mask table for `steps`."""
-        return Recipe(
-            tuple(_written(r, steps, layout) for r in self.rules), self.branches, self.name
-        )
+    def written_down(
+        self, steps: Sequence[Step], layout: Layout, with_sigmas: bool = True
+    ) -> "Recipe":
+        """The same recipe with every static policy replaced by its mask table for `steps`.
+
+        with_sigmas: write the steps' noise levels into the table; False where they are made up.
+        """
+        rules = tuple(_written(rule, steps, layout, with_sigmas) for rule in self.rules)
+        return Recipe(rules, self.branches, self.name)
 
 
-def _written(rule: Rule, steps: Sequence[Step], layout: Layout) -> Rule:
+def _written(rule: Rule, steps: Sequence[Step], layout: Layout, with_sigmas: bool) -> Rule:
     schedule = rule.schedule(steps, len(rule.site.units(layout)))
     if schedule is None:
         return rule
@@ -93,5 +97,6 @@ def _written(rule: Rule, steps: Sequence[Step], layout: Layout) -> Rule:
         if len(rows) == 1
         else tuple(tuple(i for i, asked in enumerate(row) if asked) for row in schedule)
     )
-    table = MaskTable(computed, len(steps), tuple(step.sigma for step in steps))
+    sigmas = tuple(step.sigma for step in steps) if with_sigmas else ()
+    table = MaskTable(computed, len(steps), sigmas)
     return Rule(rule.site, table, rule.predictor, (), rule.payload)

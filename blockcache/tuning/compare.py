@@ -105,7 +105,7 @@ def compare(
         pass
     arms = [Arm("uncached"), Arm(_name(what, cached.chosen), within=cached.within)]
     stage.render(arms[0], items[0])
-    plan = api.plan_for(pipe, cached.chosen, stage.steps, stage.sigmas())
+    plan = api.plan_for(pipe, cached.chosen, stage.steps, stage.levels())
     offered = rivals(_trial(stage, arms, cached, items[0])) if rivals else []
     arms += [arm for arm in offered if not arm.objection]
     race = _Race(stage, arms, cached, items)
@@ -198,6 +198,13 @@ class _Stage:
         if sigmas is None or not len(sigmas) == len(scheduler.timesteps) + 1 == self.steps + 1:
             return None
         return torch.as_tensor(sigmas).clone()
+
+    def levels(self) -> list[float] | None:
+        """What the engine places the last run's steps by: sigmas or, without any, timesteps."""
+        sigmas = self.sigmas()
+        levels = self.pipe.scheduler.timesteps if sigmas is None else sigmas[:-1]
+        found: list[float] = torch.as_tensor(levels, dtype=torch.float64).tolist()
+        return found if len(found) == self.steps else None
 
     def _synchronise(self) -> None:
         if self.device.type == "cuda":

@@ -93,6 +93,16 @@ class Comparison:
         """Median uncached seconds over the median of `entry`, by default the accelerated one."""
         return self.baseline.median_s / (entry or self.accelerated).median_s
 
+    def better_rivals(self) -> list[Entry]:
+        """Rivals at least as fast that come nearer in the median and in the worst prompt."""
+        return [rival for rival in self.rivals if self._is_better(rival)]
+
+    def _is_better(self, rival: Entry) -> bool:
+        ours, theirs = self.accelerated.spread("psnr_db"), rival.spread("psnr_db")
+        if ours is None or theirs is None or self.speedup(rival) < self.speedup():
+            return False
+        return all(theirs[figure] >= ours[figure] for figure in ours)
+
     @property
     def computed_fraction(self) -> float:
         """Share of the block calls that were done, mean over the items."""
@@ -125,6 +135,7 @@ class Comparison:
             "determinism_floor_db": self.floor_db,
             "rivals": [self._rival(entry) for entry in self.rivals],
             "rivals_not_run": self.objections,
+            "better_rivals": [entry.name for entry in self.better_rivals()],
             "items": [self._item(i) for i in range(len(self.prompts))],
             "summary": self.summaries[fast.typical],
             "plan": self.plan.to_json(),
@@ -191,6 +202,8 @@ class Comparison:
         identical = sum(item.is_identical for item in fast.scores)
         if identical:
             yield f"{identical} of {len(fast.scores)} identical, counted as {CAP_DB:.0f} dB"
+        for rival in self.better_rivals():
+            yield f"{rival.name} ({rival.steps} steps) is as fast and nearer: no cache needed here"
         for name, reason in self.objections.items():
             yield f"{name}: not run, {reason}"
         where = self.machine.get("gpu", self.machine["cpu"])
