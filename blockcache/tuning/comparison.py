@@ -193,7 +193,7 @@ class Comparison:
         fast = self.accelerated
         yield (
             f"{self.computed_fraction:.0%} of the block calls computed, "
-            f"cache {self.cache_bytes / 2**20:.2f} MiB"
+            f"cache {size(self.cache_bytes)}"
         )
         worst, worst_db = fast.worst, fast.scores[fast.worst].psnr_db
         yield f'worst: "{self.prompts[worst]}", seed {self.seeds[worst]}: {worst_db:.1f} dB'
@@ -217,6 +217,11 @@ def _computed_fraction(summary: dict[str, Any]) -> float:
     calls = sum(branch["block_calls"] for branch in branches)
     skipped = sum(branch["block_calls_skipped"] for branch in branches)
     return 1 - skipped / calls if calls else 1.0
+
+
+def size(count: int) -> str:
+    """Bytes for people."""
+    return f"{count / 2**20:.1f} MiB" if count >= 2**20 else f"{count / 2**10:.0f} KiB"
 
 
 def _aligned(row: list[str], widths: list[int]) -> str:
