@@ -67,8 +67,9 @@ def enable(target: T, what: What = "balanced", *, scheduler: Any = None) -> T:
     disable(target)
     for model, runner in prepared:
         runner.siblings = [other for _, other in prepared if other is not runner]
+        is_compiled = is_compiled_whole(target, model)
         Attachment(runner, model, [block.module for block in runner.blocks])
-        if is_compiled_whole(target, model):
+        if is_compiled:
             logger.warning(
                 "%s is compiled as a whole, so nothing can be reused in it: "
                 "compile its blocks instead (compile_repeated_blocks)",

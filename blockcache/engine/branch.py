@@ -142,7 +142,8 @@ class Branch:
         """Why a unit cannot be skipped as a whole, or an empty string."""
         for i, j in self._wired.skips:
             if unit.first <= i < unit.last < j:
-                return f"block {i} also feeds block {j} outside it by a skip connection"
+                where = f"block {j}" if j < len(self.blocks) else "something behind it"
+                return f"block {i} also feeds {where} by a skip connection"
         if not self.blocks.unet:
             for i in self._wired.called:
                 if unit.covers(i) and self._wired.ports[i].extras:

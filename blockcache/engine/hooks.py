@@ -1,6 +1,6 @@
 """Attach to a model and detach from it. The only file that touches how modules are called.
 
-Blocks are intercepted at `nn.Module._compiled_call_impl`, the slot that `Module.compile()` fills:
+Modules are intercepted at `nn.Module._compiled_call_impl`, the slot that `Module.compile()` fills:
 `module(...)` calls it in place of the ordinary call if it is set. So `forward`, `state_dict`,
 module order and hooks of others stay untouched; a block compiled before or after keeps its one
 graph, with our eager wrapper outside; a skipped block is not onloaded by offloading hooks; and
@@ -12,48 +12,50 @@ from typing import Any, Protocol
 
 import torch
 from torch import nn
-from torch.utils.hooks import RemovableHandle
 
 Call = Callable[..., Any]
 
 
 class Engine(Protocol):
-    """What the hooks call."""
+    """What the hooks call; `inner` makes the call that was intercepted."""
 
-    def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Before the denoiser's forward."""
+    def forward(self, inner: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """In place of the denoiser."""
 
     def block(self, index: int, inner: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """In place of block `index`; `inner` calls the block itself."""
-
-    def end(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        """After the denoiser's forward, also when it raised. Not None replaces the output."""
+        """In place of block `index`."""
 
 
-class BlockHook:
-    """Routes the calls of one block through the engine."""
+class _Hook:
+    """Holds the call slot of one module."""
 
-    def __init__(self, engine: Engine, index: int, module: nn.Module) -> None:
-        """Take over `module`'s calls."""
-        self._engine, self._index, self._module = engine, index, module
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
         self._compiled: Call | None = None
         self.ensure()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """What `module(...)` runs now."""
-        inner = self._compiled or self._module._call_impl
-        return self._engine.block(self._index, inner, args, kwargs)
+        raise NotImplementedError
+
+    @property
+    def inner(self) -> Call:
+        """The call without us: the compiled one if the module was compiled by itself."""
+        return self._compiled or self._module._call_impl
+
+    def is_in_place(self) -> bool:
+        """Whether the module still calls us; `module.compile()` takes the slot away."""
+        return self._module._compiled_call_impl is self
 
     def ensure(self) -> None:
-        """Take the slot again if `module.compile()` has overwritten it since."""
-        current = self._module._compiled_call_impl
-        if current is not self:
-            self._compiled = current
+        """Take the slot, again if need be."""
+        if not self.is_in_place():
+            self._compiled = self._module._compiled_call_impl
             self._module._compiled_call_impl = self
 
     def remove(self) -> None:
         """Give the slot back as it was."""
-        if self._module._compiled_call_impl is not self:
+        if not self.is_in_place():
             return
         if self._compiled is None:
             del self._module._compiled_call_impl
@@ -61,80 +63,65 @@ class BlockHook:
             self._module._compiled_call_impl = self._compiled
 
 
-class RootHook:
-    """Tells the engine of the denoiser's calls. A copied or unpickled hook is inert."""
+class BlockHook(_Hook):
+    """Routes the calls of one block through the engine."""
 
-    def __init__(self, engine: Engine | None, blocks: list[BlockHook] | None = None) -> None:
-        """Remember the engine; None makes a hook that does nothing."""
-        self.engine = engine
-        self.is_traced = False
-        self.attachment: Attachment | None = None
-        self._blocks = blocks or []
+    def __init__(self, attachment: "Attachment", index: int, module: nn.Module) -> None:
+        """Take over `module`'s calls."""
+        self.attachment, self._index = attachment, index
+        super().__init__(module)
 
-    def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Forward pre-hook."""
-        if self.engine is None:
-            return
-        if torch.compiler.is_compiling():
-            # The compiler inlines the blocks' own forwards: nothing can be reused.
-            self.is_traced = True
-            return
-        for block in self._blocks:
-            block.ensure()
-        self.engine.begin(args, kwargs)
-
-    def after(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
-    ) -> Any:
-        """Forward hook."""
-        if self.engine is None or torch.compiler.is_compiling():
-            return None
-        return self.engine.end(args, kwargs, output)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "RootHook":
-        """A copy of the model is a plain model."""
-        return RootHook(None)
-
-    def __reduce__(self) -> tuple[type, tuple[None]]:
-        """So is a pickled one."""
-        return RootHook, (None,)
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """What `block(...)` runs now."""
+        return self.attachment.engine.block(self._index, self.inner, args, kwargs)
 
 
-class Attachment:
-    """All hooks of one denoiser. `detach` restores it exactly."""
+class Attachment(_Hook):
+    """Routes the calls of a denoiser, and of its blocks, through the engine.
+
+    is_traced: the whole model was compiled; the compiler then inlines the blocks' own forwards.
+    """
 
     def __init__(self, engine: Engine, denoiser: nn.Module, blocks: list[nn.Module]) -> None:
         """Attach; if any part fails, what was done is undone."""
         self.engine = engine
+        self.is_traced = False
         self._blocks: list[BlockHook] = []
-        self._handles: list[RemovableHandle] = []
         try:
-            self._blocks = [BlockHook(engine, i, module) for i, module in enumerate(blocks)]
-            self.root = RootHook(engine, self._blocks)
-            self.root.attachment = self
-            before = denoiser.register_forward_pre_hook(self.root.before, with_kwargs=True)
-            self._handles.append(before)
-            after = denoiser.register_forward_hook(
-                self.root.after, with_kwargs=True, always_call=True
-            )
-            self._handles.append(after)
+            for index, module in enumerate(blocks):
+                self._blocks.append(BlockHook(self, index, module))
+            super().__init__(denoiser)
         except BaseException:
-            self.detach()
+            self._remove_blocks()
             raise
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """What `denoiser(...)` runs now."""
+        if torch.compiler.is_compiling():
+            self.is_traced = True
+            return self._module._call_impl(*args, **kwargs)
+        for block in self._blocks:
+            block.ensure()
+        return self.engine.forward(self.inner, args, kwargs)
 
     def detach(self) -> None:
         """Remove every hook."""
-        for handle in self._handles:
-            handle.remove()
+        self.remove()
+        self._remove_blocks()
+
+    def _remove_blocks(self) -> None:
         for block in self._blocks:
             block.remove()
-        self._handles, self._blocks = [], []
+        self._blocks = []
 
 
 def attachment_of(denoiser: nn.Module) -> Attachment | None:
     """The attachment of an enabled denoiser, or None. Copies of an enabled model have none."""
-    for hook in denoiser._forward_pre_hooks.values():
-        root = getattr(hook, "__self__", None)
-        if isinstance(root, RootHook) and root.engine is not None:
-            return root.attachment
+    for module in denoiser.modules():
+        hook = module._compiled_call_impl
+        if isinstance(hook, Attachment):
+            return hook
+        # The denoiser's own slot is lost where it was compiled as a whole since.
+        if isinstance(hook, BlockHook):
+            return hook.attachment
     return None

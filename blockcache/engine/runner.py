@@ -7,7 +7,6 @@ or exceptions. Whatever is not understood is computed, counted and said once.
 
 import logging
 import threading
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +16,7 @@ from torch import nn
 from blockcache.engine import signals
 from blockcache.engine.blocks import Blocks
 from blockcache.engine.branch import Anchor, Branch, Probe, Role, Unit, Values
+from blockcache.engine.hooks import Call
 from blockcache.engine.stats import BranchStats, RunStats
 from blockcache.engine.tracker import BranchNames, Tracker, conditioning_of, scheduler_of_caller
 from blockcache.engine.wiring import Watch, Wiring
@@ -91,30 +91,41 @@ class Runner:
 
     # ---- called by the hooks -------------------------------------------------------------------
 
-    def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Before the denoiser's forward: find out where we are and decide what can be decided."""
+    def forward(self, inner: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """In place of the denoiser."""
+        forward = self._local.forward = self._begin(args, kwargs)
+        try:
+            output = inner(*args, **kwargs)
+        except BaseException:
+            # What was stored so far may be of mixed steps.
+            self._abandon()
+            raise
         self._local.forward = None
+        if forward is not None and not self._end(forward):
+            return inner(*args, **kwargs)
+        return output
+
+    def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> "Forward | None":
+        """Find out where we are and decide what can be decided before the first block."""
         scheduler = self._scheduler or scheduler_of_caller(self.denoiser)
         objection = self._objection(scheduler)
         if objection:
             self._bypass(objection)
-            return
+            return None
         named = dict(zip(self._names, args, strict=False)) | kwargs
         moment = self._tracker.locate(scheduler, named.get("timestep", named.get("t")))
         run: Run = self._start_run() if moment.is_new_run else self._local.run
         if run.objection:
             self._bypass(run.objection)
-            return
+            return None
         if moment.call >= _MOST_CALLS:
             self._bypass("the scheduler stays at one step; give the scheduler that really steps")
             self._release(run)
-            return
+            return None
         self._enter_step(run, moment.step)
-        self._local.forward = self._forward(run, moment.step, moment.call, named)
+        return self._forward(run, moment.step, moment.call, named)
 
-    def block(
-        self, index: int, inner: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
+    def block(self, index: int, inner: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """In place of block `index`."""
         forward: Forward | None = getattr(self._local, "forward", None)
         if forward is None:
@@ -141,26 +152,17 @@ class Runner:
                 self._store(forward, part, output)
         return output
 
-    def end(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        """After the denoiser's forward."""
-        forward: Forward | None = getattr(self._local, "forward", None)
-        self._local.forward = None
-        if forward is None:
-            return None
-        if output is None:
-            # The forward raised: what was stored so far may be of mixed steps.
-            self._abandon()
-            return None
+    def _end(self, forward: Forward) -> bool:
+        """Take stock of a finished forward. False if its output cannot be trusted."""
         if forward.watch is not None:
             self._finish_watch(forward)
         elif forward.branch.wiring is None or tuple(forward.called) != forward.branch.wiring.called:
-            return self._recover(forward, args, kwargs)
+            # The model did not call the blocks it called before: what is stored has no use.
+            self._drop(self._local.run, "the model did not call the same blocks as before")
+            forward.branch.wiring = None
+            return not forward.reused
         self._account(forward)
-        return None
-
-    def forget(self) -> None:
-        """Drop all state of the calling thread."""
-        self._abandon()
+        return True
 
     def _objection(self, scheduler: Any) -> str:
         """Why this call had better be left alone, or an empty string."""
@@ -333,7 +335,7 @@ class Runner:
         forward: Forward,
         unit: Unit,
         index: int,
-        inner: Callable[..., Any],
+        inner: Call,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> Any:
@@ -386,7 +388,7 @@ class Runner:
         self,
         forward: Forward,
         index: int,
-        inner: Callable[..., Any],
+        inner: Call,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> Any:
@@ -464,7 +466,7 @@ class Runner:
     def hand_over(self, tracker: Tracker) -> None:
         """Another denoiser of the pipeline goes on with this thread's run, if it is the same."""
         run: Run | None = getattr(self._local, "run", None)
-        if run is not None and self._tracker.shares_run(tracker):
+        if run is not None and tracker.takes_over_from(self._tracker):
             self._finish(run, is_complete=True)
             self._release(run)
 
@@ -475,16 +477,6 @@ class Runner:
         is_complete = is_complete or run.step == len(run.steps) - 1
         if is_complete and not run.stats.skipped():
             self._say(signals.nothing_reused(self.recipe, run.stats))
-
-    def _recover(self, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The model did not call the blocks that it called before: what is stored has no use.
-
-        The call is computed again, plainly, if anything in it was reused.
-        """
-        run: Run = self._local.run
-        self._drop(run, "the model did not call the same blocks as before")
-        forward.branch.wiring = None
-        return self.denoiser.forward(*args, **kwargs) if forward.reused else None
 
     def _drop(self, run: Run, reason: str) -> None:
         run.stats.reasons[reason] += 1

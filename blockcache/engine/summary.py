@@ -33,7 +33,7 @@ def _figures(name: str, attachment: Attachment) -> dict[str, Any]:
         raise TypeError(f"expected a Runner, got {type(runner).__name__}")
     run = runner.last_run
     reasons = dict(run.reasons) if run else {}
-    if attachment.root.is_traced:
+    if attachment.is_traced or not attachment.is_in_place():
         reasons["the whole model is compiled, so nothing is reused; compile its blocks"] = 1
     branches = [branch.as_dict() for branch in run.branches] if run else []
     return {

@@ -63,9 +63,10 @@ class Tracker:
         self._position = position
         return Moment(is_new_run, self.steps[self._index], self._call)
 
-    def shares_run(self, other: "Tracker") -> bool:
-        """Whether both follow the same run: two experts of one pipeline."""
-        return self._timesteps is not None and self._timesteps is other._timesteps
+    def takes_over_from(self, other: "Tracker") -> bool:
+        """Whether both follow one run and this one is at a later step: two experts in turn."""
+        is_same_run = self._timesteps is not None and self._timesteps is other._timesteps
+        return is_same_run and self._position != other._position
 
     def forget(self) -> None:
         """The next call opens a new run."""

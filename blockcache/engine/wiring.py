@@ -153,6 +153,8 @@ class Watch:
     def before(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """Note the inputs of a block; returns them by name."""
         bound = bind(self._blocks[index], args, kwargs)
+        if not self._unet:
+            self._note_what_is_kept()
         for name, argument in bound.items():
             for _, value in leaves(argument):
                 if isinstance(value, torch.Tensor):
@@ -181,6 +183,22 @@ class Watch:
                         self._skips.add((earlier.index, index))
                     return
 
+    def _note_what_is_kept(self) -> None:
+        """Earlier outputs that still live are kept by the model for a later use of its own.
+
+        Where they go is not known, so they count as going past every block.
+        """
+        handed_on = {id(r()) for _, r in self._calls[-1].outputs} if self._calls else set()
+        for earlier in self._calls[:-1]:
+            kept = [tensor for _, r in earlier.outputs if (tensor := r()) is not None]
+            if any(id(tensor) not in handed_on for tensor in kept):
+                self._skips.add((earlier.index, len(self._blocks)))
+
+    def _unet_skips(self, ports: dict[int, Port]) -> set[tuple[int, int]]:
+        """Down blocks feed the mirror image's up blocks, through tuples that the model rebuilds."""
+        last = len(self._blocks) - 1
+        return {(i, last - i) for i, port in ports.items() if port.extras}
+
     def wiring(self) -> Wiring:
         """What was seen.
 
@@ -191,7 +209,8 @@ class Watch:
         if any(b <= a for a, b in zip(called, called[1:], strict=False)):
             raise ValueError("the blocks are not called once each in the order they are declared")
         ports = {call.index: self._port(i) for i, call in enumerate(self._calls)}
-        return Wiring(ports, called, self._chains(), frozenset(self._skips))
+        skips = self._unet_skips(ports) if self._unet else self._skips
+        return Wiring(ports, called, self._chains(), frozenset(skips))
 
     def _port(self, position: int) -> Port:
         call = self._calls[position]
@@ -217,8 +236,8 @@ class Watch:
         call = self._calls[position]
         opaque = [leaf for _, leaf in leaves(call.form) if not isinstance(leaf, _PLAIN)]
         if opaque:
-            path, kind = self._blocks[call.index].path, type(opaque[0]).__name__
-            raise ValueError(f"cannot tell which stream is which: {path} returns a {kind}")
+            block, kind = self._blocks[call.index], type(opaque[0]).__name__
+            raise ValueError(f"cannot tell which stream is which: {block.path} returns a {kind}")
         names = dict(call.links)
         for evidence in (*self._links_of_its_kind(call), self._written_names(call)):
             for path, name in evidence.items():
