@@ -13,7 +13,7 @@ from torch import nn
 from blockcache import methods
 from blockcache.engine.blocks import Blocks, find_blocks
 from blockcache.engine.hooks import Attachment, attachment_of
-from blockcache.engine.runner import Runner
+from blockcache.engine.runner import COMPILED_WHOLE, Runner
 from blockcache.engine.summary import Summary, summarise
 from blockcache.errors import BlockCacheError, PlanError, UnsupportedModelError
 from blockcache.methods.presets import BUDGETS, preset
@@ -70,11 +70,7 @@ def enable(target: T, what: What = "balanced", *, scheduler: Any = None) -> T:
         is_compiled = is_compiled_whole(target, model)
         Attachment(runner, model, [block.module for block in runner.blocks])
         if is_compiled:
-            logger.warning(
-                "%s is compiled as a whole, so nothing can be reused in it: "
-                "compile its blocks instead (compile_repeated_blocks)",
-                type(model).__name__,
-            )
+            runner.say(COMPILED_WHOLE)
         name, count = type(model).__name__, len(runner.blocks)
         logger.info("%s: enabled %s on %d blocks", name, runner.recipe.name, count)
     return target

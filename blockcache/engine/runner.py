@@ -26,6 +26,10 @@ from blockcache.plan.steps import Step
 
 logger = logging.getLogger("blockcache")
 
+COMPILED_WHOLE = (
+    "the whole model is compiled, so its blocks are not called and nothing is reused; "
+    "compile the blocks instead (compile_repeated_blocks)"
+)
 _FEW_STEPS = 8
 _MOST_CALLS = 16
 """Denoiser calls in one step beyond which the step is not believed."""
@@ -202,11 +206,11 @@ class Runner:
     def _remark_on_steps(self, run: Run) -> None:
         total = len(run.steps)
         if self._tracker.scheduled < _FEW_STEPS:
-            self._say(f"a run of {total} steps leaves little to reuse; expect loss without gain")
+            self.say(f"a run of {total} steps leaves little to reuse; expect loss without gain")
         for rule in self.recipe.rules:
             if isinstance(rule.policy, MaskTable) and not rule.policy.fits(run.steps):
                 how = "noise level" if rule.policy.sigmas else "share of the run"
-                self._say(
+                self.say(
                     f"the plan was made for {rule.policy.total} steps and is applied to {total} "
                     f"by {how}; its measured figures do not hold here"
                 )
@@ -410,16 +414,17 @@ class Runner:
     def _finish_watch(self, forward: Forward) -> None:
         branch = forward.branch
         if forward.watch is None or not forward.called:
-            self._say("the blocks were not called; is the whole model compiled? Compile its blocks")
+            branch.wiring = Wiring({}, (), (len(self.blocks),), frozenset())
+            self.say(COMPILED_WHOLE)
             return
         try:
             refused = branch.wire(forward.watch.wiring())
         except ValueError as error:
             branch.wiring = Wiring({}, tuple(forward.called), (len(self.blocks),), frozenset())
-            self._say(f"{error}; nothing is reused there")
+            self.say(f"{error}; nothing is reused there")
             return
         for why in refused:
-            self._say(f"a site is left out, {why}")
+            self.say(f"a site is left out, {why}")
         self._check_rows(branch)
         for unit in branch.units:
             self._store_watched(forward, unit)
@@ -433,7 +438,7 @@ class Runner:
             policy = self.recipe.rules[unit.rule].policy
             if isinstance(policy, MaskTable) and len(policy.computed) not in (1, unit.rows):
                 branch.units.remove(unit)
-                self._say(
+                self.say(
                     f"a rule is left out: its table has {len(policy.computed)} rows "
                     f"and the model {unit.rows} chains of blocks"
                 )
@@ -476,11 +481,11 @@ class Runner:
         run.stats.is_finished = True
         is_complete = is_complete or run.step == len(run.steps) - 1
         if is_complete and not run.stats.skipped():
-            self._say(signals.nothing_reused(self.recipe, run.stats))
+            self.say(signals.nothing_reused(self.recipe, run.stats))
 
     def _drop(self, run: Run, reason: str) -> None:
         run.stats.reasons[reason] += 1
-        self._say(f"{reason}; the cache was dropped")
+        self.say(f"{reason}; the cache was dropped")
         self._release(run)
 
     @staticmethod
@@ -497,9 +502,9 @@ class Runner:
         run: Run | None = getattr(self._local, "run", None)
         if run is not None:
             run.stats.reasons[reason] += 1
-        self._say(f"bypassed: {reason}")
+        self.say(f"bypassed: {reason}")
 
-    def _say(self, message: str) -> None:
+    def say(self, message: str) -> None:
         """Once per enabling, however often it happens."""
         if message not in self._said:
             self._said.add(message)

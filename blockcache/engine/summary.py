@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from blockcache.engine.hooks import Attachment
-from blockcache.engine.runner import Runner
+from blockcache.engine.runner import COMPILED_WHOLE, Runner
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ def _figures(name: str, attachment: Attachment) -> dict[str, Any]:
     run = runner.last_run
     reasons = dict(run.reasons) if run else {}
     if attachment.is_traced or not attachment.is_in_place():
-        reasons["the whole model is compiled, so nothing is reused; compile its blocks"] = 1
+        reasons[COMPILED_WHOLE] = 1
     branches = [branch.as_dict() for branch in run.branches] if run else []
     return {
         "part": name,
