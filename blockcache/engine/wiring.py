@@ -149,6 +149,8 @@ class Watch:
         self._unet = blocks.unet
         self._calls: list[_Call] = []
         self._skips: set[tuple[int, int]] = set()
+        self._kept: set[tuple[int, Path]] = set()
+        self._handed: set[tuple[int, Path]] = set()
 
     def before(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """Note the inputs of a block; returns them by name."""
@@ -181,18 +183,23 @@ class Watch:
                         earlier.links[path] = name
                     else:
                         self._skips.add((earlier.index, index))
+                        self._kept.discard((earlier.index, path))
+                        self._handed.add((earlier.index, path))
                     return
 
     def _note_what_is_kept(self) -> None:
         """Earlier outputs that still live are kept by the model for a later use of its own.
 
-        Where they go is not known, so they count as going past every block.
+        Where they go is not known, unless a later block gets the very object: they count as going
+        past every block.
         """
         handed_on = {id(r()) for _, r in self._calls[-1].outputs} if self._calls else set()
         for earlier in self._calls[:-1]:
-            kept = [tensor for _, r in earlier.outputs if (tensor := r()) is not None]
-            if any(id(tensor) not in handed_on for tensor in kept):
-                self._skips.add((earlier.index, len(self._blocks)))
+            for path, reference in earlier.outputs:
+                tensor, place = reference(), (earlier.index, path)
+                is_kept = tensor is not None and id(tensor) not in handed_on
+                if is_kept and place not in self._handed:
+                    self._kept.add(place)
 
     def _unet_skips(self, ports: dict[int, Port]) -> set[tuple[int, int]]:
         """Down blocks feed the mirror image's up blocks, through tuples that the model rebuilds."""
@@ -209,7 +216,8 @@ class Watch:
         if any(b <= a for a, b in zip(called, called[1:], strict=False)):
             raise ValueError("the blocks are not called once each in the order they are declared")
         ports = {call.index: self._port(i) for i, call in enumerate(self._calls)}
-        skips = self._unet_skips(ports) if self._unet else self._skips
+        kept = {(index, len(self._blocks)) for index, _ in self._kept}
+        skips = self._unet_skips(ports) if self._unet else self._skips | kept
         return Wiring(ports, called, self._chains(), frozenset(skips))
 
     def _port(self, position: int) -> Port:
