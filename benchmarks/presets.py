@@ -92,7 +92,8 @@ def main(file: Path, repeats: int, model: str) -> None:
     title = header(first).replace(first.model, chosen.name, 1)
     click.echo("\n".join([title, "", *table(found)]))
     presets = {word: {**c.as_dict(), "model": chosen.name} for word, c in found.items()}
-    data = {"header": title, "commit": commit(), "versions": first.versions, "presets": presets}
+    text = "\n".join([*table(found), "", f"*{title}*"])
+    data = {"commit": commit(), "versions": first.versions, "presets": presets, "markdown": text}
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(data, indent=1, allow_nan=False) + "\n", encoding="utf-8")
 

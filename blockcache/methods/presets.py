@@ -3,7 +3,7 @@
 from blockcache.methods.geometric import geometric
 from blockcache.plan.recipe import Recipe
 
-BUDGETS = {"quality": 0.5, "balanced": 0.34, "fast": 0.2}
+BUDGETS = {"quality": 0.48, "balanced": 0.32, "fast": 0.16}
 """Share of steps computed. Where a model has a measured plan of its own, that is taken instead."""
 
 
