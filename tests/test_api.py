@@ -48,11 +48,11 @@ def flux(build_tiny):
 
 @pytest.mark.parametrize(
     ("word", "expected"),
-    # Shares 0.5, 0.34 and 0.2 of 20 steps: 10, 7 and 4; gaps grow by 1.147, 1.342 and 2.264.
+    # Shares 0.48, 0.32 and 0.16 of 20 steps: 10, 6 and 3; gaps grow by 1.147, 1.433 and 3.887.
     [
         ("quality", [0, 1, 2, 3, 5, 7, 9, 11, 14, 17]),
-        ("balanced", [0, 1, 2, 4, 7, 10, 14]),
-        ("fast", [0, 1, 3, 8]),
+        ("balanced", [0, 1, 2, 5, 8, 13]),
+        ("fast", [0, 1, 5]),
     ],
 )
 def test_the_three_words(word, expected):

@@ -89,9 +89,10 @@ def _unet_blocks(denoiser: nn.Module) -> list[tuple[str, nn.Module]]:
     middle = getattr(denoiser, "mid_block", None)
     if not (isinstance(down, nn.ModuleList) and isinstance(up, nn.ModuleList)):
         return []
+    if not isinstance(middle, nn.Module):
+        return []
     found = [(f"down_blocks.{i}", module) for i, module in enumerate(down)]
-    if isinstance(middle, nn.Module):
-        found.append(("mid_block", middle))
+    found.append(("mid_block", middle))
     return found + [(f"up_blocks.{i}", module) for i, module in enumerate(up)]
 
 
