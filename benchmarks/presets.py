@@ -14,6 +14,7 @@ from typing import Any
 import click
 import torch
 
+import blockcache
 from blockcache.methods.presets import BUDGETS
 from blockcache.pipelines import models, samplers
 from blockcache.pipelines.cli import quiet_hosts
@@ -32,6 +33,13 @@ def measure(word: str, pipe: Any, call: dict[str, Any], repeats: int) -> Compari
     prompts = held_out_prompts(PROMPTS, PROMPT_SEED)
     seeds = range(FIRST_SEED, FIRST_SEED + PROMPTS)
     return compare(pipe, word, prompts, seeds, repeats, rivals=samplers.rivals, **call)
+
+
+def one_summary(pipe: Any, call: dict[str, Any]) -> str:
+    """What the summary says after one picture with the default preset."""
+    with blockcache.enabled(pipe):
+        pipe(held_out_prompts(1, PROMPT_SEED)[0], generator=torch.manual_seed(FIRST_SEED), **call)
+        return str(blockcache.summary(pipe))
 
 
 def table(found: dict[str, Comparison]) -> list[str]:
@@ -95,6 +103,8 @@ def main(file: Path, repeats: int, model: str) -> None:
     text = "\n".join([*table(found), "", f"*{title}*"])
     data = {"commit": commit(), "versions": first.versions, "presets": presets, "markdown": text}
     file.parent.mkdir(parents=True, exist_ok=True)
+    shown = {"markdown": f"```\n{one_summary(pipe, chosen.call)}\n```"}
+    file.with_name("summary.json").write_text(json.dumps(shown, indent=1) + "\n", encoding="utf-8")
     file.write_text(json.dumps(data, indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
 

@@ -14,6 +14,7 @@ from diffusers import FluxImg2ImgPipeline, FluxPipeline
 
 import blockcache
 from blockcache import Plan, Recipe, Rule, Site, recipes
+from blockcache.engine import hooks
 from blockcache.plan import Every, Taylor
 
 STEPS = 6
@@ -42,15 +43,16 @@ def flux(build_tiny):
 
 
 def test_the_second_configuration_counts(flux):
-    alone = run(blockcache.enable(flux.pipe, THIRD) and flux)
+    plain = run(flux)
+    blockcache.enable(flux.pipe, THIRD)
+    alone = run(flux)
     blockcache.enable(flux.pipe, HALF)
     blockcache.enable(flux.pipe, THIRD)
     assert torch.equal(run(flux), alone)
     assert skipped(flux.pipe) == pytest.approx(4 / 6)
-    assert len(flux.denoiser._forward_pre_hooks) == 1
     blockcache.disable(flux.pipe)
     blockcache.disable(flux.pipe)
-    assert len(flux.denoiser._forward_pre_hooks) == 0
+    assert torch.equal(run(flux), plain)
 
 
 def test_enable_and_disable_return_what_they_were_given(flux):
@@ -70,18 +72,25 @@ def test_a_failed_enable_changes_nothing(flux):
     assert blockcache.summary(flux.pipe).as_dict()["recipe"] == "half"
 
 
-def test_a_failure_while_attaching_is_undone(flux, monkeypatch):
+@pytest.mark.parametrize("place", [0, 2, 4], ids=["first block", "third block", "denoiser"])
+def test_a_failure_while_attaching_is_undone(flux, monkeypatch, place):
+    """The hooks attached before the one that failed stayed behind."""
     plain = run(flux)
+    attributes = [dict(module.__dict__) for module in flux.denoiser.modules()]
+    calls = []
+    ensure = hooks._Hook.ensure
 
-    def failing(*args, **kwargs):
-        raise RuntimeError("no more hooks")
+    def failing(self):
+        calls.append(self)
+        if len(calls) == place + 1:
+            raise RuntimeError("no more hooks")
+        ensure(self)
 
-    monkeypatch.setattr(flux.denoiser, "register_forward_hook", failing)
+    monkeypatch.setattr(hooks._Hook, "ensure", failing)
     with pytest.raises(RuntimeError, match="no more hooks"):
         blockcache.enable(flux.pipe, HALF)
     monkeypatch.undo()
-    assert len(flux.denoiser._forward_pre_hooks) == 0
-    assert all(m.__dict__.get("_compiled_call_impl") is None for m in flux.denoiser.modules())
+    assert [dict(module.__dict__) for module in flux.denoiser.modules()] == attributes
     assert torch.equal(run(flux), plain)
 
 
@@ -101,7 +110,9 @@ def test_a_recipe_and_a_plan_serve_two_pipelines_and_stay_as_they_are(build_tiny
     wan, flux = build_tiny("wan"), build_tiny("flux")
     recipe = recipes.geometric(0.5)
     text = repr(recipe)
-    fresh = [run(t) for t in (blockcache.enable(t.pipe, "balanced") and t for t in (wan, flux))]
+    for tiny in (wan, flux):
+        blockcache.enable(tiny.pipe, "balanced")
+    fresh = [run(wan), run(flux)]
     for order in ((wan, flux), (flux, wan)):
         for tiny in order:
             blockcache.enable(tiny.pipe, recipe)

@@ -498,6 +498,26 @@ def test_a_skip_connection_that_the_root_keeps_for_itself(place):
         assert drive(model, scheduler, [3.0, 3.0]) == plain, site
 
 
+def test_a_module_that_is_in_the_list_twice(caplog):
+    """Shared weights: one module is several blocks. Nothing is reused, nothing stays behind."""
+    model, twin = Denoiser(), Denoiser()
+    for one in (model, twin):
+        one.blocks = torch.nn.ModuleList([one.blocks[0]] * 3)
+    attributes = [dict(module.__dict__) for module in model.modules()]
+    try:
+        scheduler = enable(model, static(Site("stack"), 0, 2, total=4), steps=4)
+    except blockcache.UnsupportedModelError:
+        scheduler = Scheduler(4)
+    # 2 x + 1 three times.
+    assert drive(model, scheduler, range(4)) == [7, 15, 23, 31]
+    blockcache.disable(model)
+    calls(model)
+    calls(twin)
+    assert drive(model, Scheduler(4), range(4)) == drive(twin, Scheduler(4), range(4))
+    assert calls(model) == calls(twin)
+    assert [dict(module.__dict__) for module in model.modules()] == attributes
+
+
 # Blocks of other forms.
 
 
