@@ -44,10 +44,13 @@ def steps_in_time(trial: Trial) -> int:
     guess = max(1, round(trial.steps * trial.accelerated_s / trial.baseline_s))
     if guess >= trial.steps:
         return trial.steps
-    per_step = (trial.baseline_s - trial.seconds(Arm("", guess))) / (trial.steps - guess)
+    # Timed in turns, the quietest of each: a busy moment would pass for a fixed cost.
+    pairs = [[trial.seconds(Arm("", n)) for n in (guess, trial.steps)] for _ in range(2)]
+    few, full = (min(column) for column in zip(*pairs, strict=True))
+    per_step = (full - few) / (trial.steps - guess)
     if per_step <= 0:
         return guess
-    fixed = trial.baseline_s - per_step * trial.steps
+    fixed = full - per_step * trial.steps
     return min(trial.steps, max(1, round((trial.accelerated_s - fixed) / per_step)))
 
 

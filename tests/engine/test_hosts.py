@@ -532,6 +532,7 @@ SAMPLERS = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:__array_wrap__")  # the hosts' own, of torch in numpy functions
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_samplers(shared, sampler):
     name, scheduler, settings, expected_calls = SAMPLERS[sampler]

@@ -217,6 +217,27 @@ def test_steps_size_batch_and_guidance_may_change_between_runs(flux, build_tiny)
         assert torch.equal(torch.as_tensor(ours), torch.as_tensor(theirs))
 
 
+@pytest.mark.parametrize("name", ["flux", "wan", "sd15"])
+def test_half_precision_and_a_change_of_dtype_between_runs(build_tiny, name):
+    tiny, fresh, uncached = (build_tiny(name) for _ in range(3))
+    blockcache.enable(tiny.pipe, THIRD)
+    run(tiny)
+    for one in (tiny, fresh, uncached):
+        one.pipe.to(torch.bfloat16)
+    blockcache.enable(fresh.pipe, THIRD)
+    cached = run(tiny)
+    assert cached.dtype == torch.bfloat16
+    assert torch.equal(cached, run(fresh))
+    plain = run(uncached)
+    blockcache.enable(uncached.pipe, Recipe((Rule(Site("block"), Every(1), Taylor(1)),)))
+    assert torch.equal(run(uncached), plain)
+    # A payload costs half of what it costs in float32.
+    half = blockcache.summary(tiny.pipe).as_dict()["cache_bytes"]
+    tiny.pipe.to(torch.float32)
+    run(tiny)
+    assert blockcache.summary(tiny.pipe).as_dict()["cache_bytes"] == 2 * half
+
+
 def test_true_guidance_makes_two_branches_on_flux(flux):
     blockcache.enable(flux.pipe, HALF)
     run(flux, true_cfg_scale=3.0, negative_prompt="bad")
@@ -244,6 +265,32 @@ def test_the_two_branches_do_not_share_state(build_tiny):
     blockcache.enable(wan.pipe, Recipe((Rule(Site("stack"), Every(2), Taylor(1)),)))
     right = relative(run(wan), plain)
     assert right < 0.05
+
+
+def test_guidance_switched_off_in_the_middle_of_a_run(build_tiny):
+    """A known trick: from some step on the batch of two is one. Nothing of the old size fits."""
+    sd15 = build_tiny("sd15")
+
+    def cut(pipe, index, timestep, tensors):
+        if index == 3:
+            pipe._guidance_scale = 0.0
+            tensors["prompt_embeds"] = tensors["prompt_embeds"].chunk(2)[-1]
+        return tensors
+
+    settings = dict(
+        callback_on_step_end=cut, callback_on_step_end_tensor_inputs=["latents", "prompt_embeds"]
+    )
+    plain = torch.as_tensor(sd15.generate(9, latent=True, **settings))
+    everything = Recipe((Rule(Site("span", 1), Every(1)),))
+    blockcache.enable(sd15.pipe, everything)
+    assert torch.equal(torch.as_tensor(sd15.generate(9, latent=True, **settings)), plain)
+    blockcache.enable(sd15.pipe, HALF)
+    twice = [torch.as_tensor(sd15.generate(9, latent=True, **settings)) for _ in range(2)]
+    assert torch.equal(*twice)
+    both, one = blockcache.summary(sd15.pipe).as_dict()["branches"]
+    # Steps 0 to 3, then 4 to 8; step 4 is due, and would be computed as the first of its size.
+    assert [int(all(row)) for row in both["map"]] == [1, 0, 1, 0]
+    assert [int(all(row)) for row in one["map"]] == [1, 0, 1, 0, 1]
 
 
 # Interruptions.
