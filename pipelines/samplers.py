@@ -51,7 +51,8 @@ def steps_in_time(trial: Trial) -> int:
     if per_step <= 0:
         return guess
     fixed = full - per_step * trial.steps
-    return min(trial.steps, max(1, round((trial.accelerated_s - fixed) / per_step)))
+    fitting: int = round((trial.accelerated_s - fixed) / per_step)
+    return min(trial.steps, max(1, fitting))
 
 
 def chosen_steps(computed: Sequence[float]) -> tuple[int, ...]:

@@ -77,6 +77,11 @@ def find_blocks(denoiser: nn.Module) -> Blocks:
     pairs = unet or list(_listed_blocks(denoiser))
     if len(pairs) < 2:
         raise UnsupportedModelError(_nothing_found(denoiser))
+    if len({id(module) for _, module in pairs}) < len(pairs):
+        raise UnsupportedModelError(
+            f"{type(denoiser).__name__}: a module is in its block lists twice; blocks that share "
+            "their weights cannot be told apart"
+        )
     blocks = tuple(
         Block(i, path, path.split(".")[0], module, _forward_parameters(module))
         for i, (path, module) in enumerate(pairs)
