@@ -165,7 +165,7 @@ def block_mass_fwd_kernel(
         b_s = tl.dot(b_q, tl.trans(b_k), input_precision="tf32x3") * (scale * LOG2E)
         b_p = tl.exp2(b_s - b_lse[:, None])
         b_p = tl.where(m_q[:, None] & m_k[None, :], b_p, 0.0)
-        tl.store(p_out + i_k, tl.sum(tl.sum(b_p, 1), 0) * factor)
+        tl.store(p_out + i_k, tl.sum(b_p) * factor)
 
 
 @triton.jit

@@ -367,7 +367,7 @@ FAMILIES = {
     hidream: (4, None),
     sdxl: (5, {"front"}),
     stable_video: (5, {"front"}),
-    kandinsky3: (4, {"front"}),
+    kandinsky3: (4, None),
 }
 
 
