@@ -230,7 +230,7 @@ def save_grid(images: torch.Tensor, path: Path, *, columns: int = 8, scale: int 
     )
 
 
-AIMS = {"background": 99.0, "colors": 95.0, "count": 85.0, "relation": 85.0}
+AIMS = {"background": 99.0, "colors": 95.0, "relation": 85.0}
 
 
 def print_table(summary: dict[str, float], title: str) -> None:
