@@ -79,7 +79,7 @@ def save_pipeline(pipeline: Any, weights: Mapping[str, torch.Tensor], folder: Pa
     pipeline.transformer.half()
     pipeline.vae.half()
     pipeline.save_pretrained(folder, safe_serialization=True)
-    for path in folder.rglob("*.json"):
+    for path in (folder / "model_index.json", *folder.glob("*/*config.json")):
         _tidy(path)
     for path in folder.rglob("*.*"):
         path.chmod(0o644)
