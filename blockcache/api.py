@@ -13,6 +13,7 @@ from torch import nn
 from blockcache import methods
 from blockcache.engine.blocks import Blocks, find_blocks
 from blockcache.engine.hooks import Attachment, attachment_of
+from blockcache.engine.parts import find_parts
 from blockcache.engine.runner import COMPILED_WHOLE, Runner
 from blockcache.engine.summary import Summary, summarise
 from blockcache.errors import BlockCacheError, PlanError, UnsupportedModelError
@@ -25,6 +26,7 @@ from blockcache.plan import (
     Plan,
     Recipe,
     Site,
+    Verified,
     even_steps,
     steps_from_sigmas,
 )
@@ -68,7 +70,8 @@ def enable(target: T, what: What = "balanced", *, scheduler: Any = None) -> T:
     for model, runner in prepared:
         runner.siblings = [other for _, other in prepared if other is not runner]
         is_compiled = is_compiled_whole(target, model)
-        Attachment(runner, model, [block.module for block in runner.blocks])
+        blocks = [block.module for block in runner.blocks]
+        Attachment(runner, model, blocks, [part.module for part in runner.parts])
         if is_compiled:
             runner.say(COMPILED_WHOLE)
         name, count = type(model).__name__, len(runner.blocks)
@@ -225,13 +228,24 @@ def check_sites(recipe: Recipe, blocks: Blocks) -> None:
         PlanError: a site outside the model, of a kind not available, or a gate without a probe.
     """
     for rule in recipe.rules:
-        if rule.site.scope not in ("stack", "span", "block"):
-            raise PlanError(f"site {rule.site.scope!r} is not available (stack, span, block are)")
-        lo, _ = rule.site.limits(len(blocks))
-        if isinstance(rule.policy, Gate) and lo == 0:
+        lo, hi = rule.site.limits(len(blocks))
+        if rule.site.is_sub_layer:
+            _check_parts(rule.site, blocks)
+        if isinstance(rule.policy, Gate) and rule.policy.needs_probe and lo == 0:
             raise PlanError("a gate needs blocks in front of its site; use Site('span', 1)")
-        if isinstance(rule.policy, MaskTable):
+        if isinstance(rule.policy, Verified) and hi == len(blocks):
+            raise PlanError("Verified needs a block behind its site; use Site('span', 0, -1)")
+        if isinstance(rule.policy, MaskTable) and not rule.site.is_sub_layer:
             check_rows(rule.policy, rule.site, blocks)
+
+
+def _check_parts(site: Site, blocks: Blocks) -> None:
+    lo, hi = site.limits(len(blocks))
+    if not any(lo <= part.block < hi for part in find_parts(blocks, (site.scope,))):
+        raise PlanError(
+            f"no {site.scope!r} sub-layer was found in blocks {lo}..{hi} of this model; "
+            "use the site 'block', 'span' or 'stack'"
+        )
 
 
 def check_rows(table: MaskTable, site: Site, blocks: Blocks) -> None:

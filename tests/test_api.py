@@ -165,8 +165,7 @@ def test_the_fingerprint_is_the_configs_and_not_the_weights(build_tiny):
         (None, "got NoneType"),
         (["balanced"], "got list"),
         (Recipe((Rule(Site("span", 2, 9), Every(2)),)), "does not fit a model of 4 blocks"),
-        (Recipe((Rule(Site("attn"), Every(2)),)), "'attn' is not available"),
-        (Recipe((Rule(Site("model"), Every(2)),)), "'model' is not available"),
+        (Recipe((Rule(Site("attn"), Every(2)),)), "no 'attn' sub-layer was found in blocks 0..4"),
         (Recipe((Rule(Site("stack"), Gate(0.1)),)), "needs blocks in front"),
         (
             Recipe((Rule(Site("block"), MaskTable(((0,), (0, 1)), 8)),)),

@@ -9,10 +9,12 @@ from typing import Any
 import torch
 
 from blockcache.engine.blocks import Blocks
+from blockcache.engine.deciding import Decider, GateDecider, decider_for
+from blockcache.engine.parts import Cell, Seen
 from blockcache.engine.stats import BranchStats
-from blockcache.engine.wiring import Wiring, bind, leaf_at
+from blockcache.engine.wiring import Port, Wiring, bind, leaf_at
 from blockcache.kernels.linear_combine import linear_combine
-from blockcache.plan.policies import Gate
+from blockcache.plan.forecasts import ProbeRatio, ScaleShift
 from blockcache.plan.recipe import Recipe, Rule
 from blockcache.plan.sites import Layout
 from blockcache.plan.steps import Step
@@ -59,32 +61,17 @@ class Unit:
         return overlap and not self.contains(other) and not other.contains(self)
 
 
-@dataclass(eq=False)
-class Probe:
-    """The blocks in front of a gated rule whose residual is the gate's signal.
-
-    reference: the residual to compare with. change: the last comparison, (sum of differences, sum
-    of magnitudes), still on the device.
-    """
-
-    rule: int
-    first: int
-    last: int
-    reference: torch.Tensor | None = None
-    change: torch.Tensor | None = None
-    accumulated: float = 0.0
-
-
 @dataclass(frozen=True)
 class Role:
     """What happens at one block in one forward. The common case, nothing, is no role at all.
 
-    enter, leave: computing units (and probes) that begin or end here. skip: the reused unit that
-    covers the block.
+    ask: deciders that decide when the block is entered. enter, leave: computing units, and deciders
+    that look at blocks, that begin or end here. skip: the reused unit that covers the block.
     """
 
-    enter: tuple[Unit | Probe, ...]
-    leave: tuple[Unit | Probe, ...]
+    ask: tuple[Decider, ...]
+    enter: tuple[Unit | Decider, ...]
+    leave: tuple[Unit | Decider, ...]
     skip: Unit | None
 
 
@@ -99,22 +86,32 @@ class Branch:
     form: tuple[Any, ...] = ()
     step: int = -1
     """Form and step of the last call."""
+    latents: torch.Tensor | None = None
+    """What the denoiser got in the last call."""
     units: list[Unit] = field(default_factory=list)
-    probes: list[Probe] = field(default_factory=list)
+    cells: list[Cell] = field(default_factory=list)
+    deciders: list[Decider] = field(default_factory=list)
     is_layered: bool = False
     """Whether units overlap, so that one may be skipped while another one is due."""
     _roles: dict[frozenset[int], dict[int, Role]] = field(default_factory=dict)
     _skipped: dict[frozenset[int], frozenset[int]] = field(default_factory=dict)
     _alike: dict[int, bool] = field(default_factory=dict)
+    _tables: dict[tuple[int, str], torch.Tensor] = field(default_factory=dict)
 
-    def wire(self, wiring: Wiring) -> list[str]:
+    def wire(self, wiring: Wiring, seen: Sequence[Seen]) -> list[str]:
         """Lay the rules out on what was seen. Returns why a site had to be left out, if any."""
         self.wiring = wiring
-        self.units, self.probes = [], []
+        self.units, self.cells, self.deciders = [], [], []
         self._roles, self._skipped, self._alike = {}, {}, {}
         layout = Layout(wiring.chains, self.blocks.unet)
         refused: list[str] = []
         for number, rule in enumerate(self.recipe.rules):
+            decider = decider_for(number, rule, self)
+            if decider is not None:
+                self.deciders.append(decider)
+            if rule.site.is_sub_layer or rule.site.scope == "model":
+                self.cells += self._cells(number, rule, seen)
+                continue
             pieces = rule.site.units(layout)
             for row, (lo, hi) in enumerate(pieces):
                 unit = self._unit(number, rule, row, len(pieces), lo, hi)
@@ -123,8 +120,6 @@ class Branch:
                     refused.append(f"{rule.site.scope} {lo}..{hi}: {why}")
                     continue
                 self.units.append(unit)
-            if isinstance(rule.policy, Gate):
-                self._add_probe(number, rule)
         self.is_layered = any(
             a.covers(b.first) or b.covers(a.first) for a, b in combinations(self.units, 2)
         )
@@ -150,17 +145,57 @@ class Branch:
                     return f"{self.blocks.blocks[i].path} returns tensors that are no streams"
         return ""
 
-    def _add_probe(self, number: int, rule: Rule) -> None:
-        lo, _ = rule.site.limits(len(self.blocks))
-        inside = [i for i in self._wired.called if i < lo]
-        if inside:
-            self.probes.append(Probe(number, inside[0], inside[-1]))
+    def _cells(self, number: int, rule: Rule, seen: Sequence[Seen]) -> list[Cell]:
+        history = deque[tuple[Step, Values]]
+        depth = rule.predictor.depth
+        if rule.site.scope == "model":
+            return [Cell(number, 0, 1, None, history(maxlen=depth))]
+        lo, hi = rule.site.limits(len(self.blocks))
+        parts = [s.part for s in seen if s.scope == rule.site.scope and lo <= s.part.block < hi]
+        return [
+            Cell(number, row, len(parts), part.number, history(maxlen=depth))
+            for row, part in enumerate(parts)
+        ]
 
     @property
     def _wired(self) -> Wiring:
         if self.wiring is None:
             raise RuntimeError("the branch has not been watched yet")
         return self.wiring
+
+    @property
+    def called(self) -> tuple[int, ...]:
+        """The blocks in calling order."""
+        return self._wired.called
+
+    def port(self, index: int) -> Port:
+        """The streams of block `index`."""
+        return self._wired.ports[index]
+
+    def main_stream(self, index: int) -> str:
+        """Parameter name of the main stream that enters block `index`."""
+        return next(iter(self.port(index).inputs.values()))
+
+    @property
+    def reusables(self) -> list[Unit | Cell]:
+        """Units and cells."""
+        return [*self.units, *self.cells]
+
+    def of_rule(self, number: int) -> list[Unit | Cell]:
+        """The units and cells of a rule."""
+        return [part for part in self.reusables if part.rule == number]
+
+    def numbers_of(self, rule: int) -> frozenset[int]:
+        """The numbers of a rule's units."""
+        return frozenset(i for i, unit in enumerate(self.units) if unit.rule == rule)
+
+    def group_of(self, part: Unit | Cell) -> str:
+        """The list that a unit's blocks are in."""
+        return self.blocks.blocks[part.first].group if isinstance(part, Unit) else ""
+
+    def cell(self, part: int | None) -> int | None:
+        """The number of a part's cell (None: the denoiser's), if it has one; the first rule's."""
+        return next((i for i, cell in enumerate(self.cells) if cell.part == part), None)
 
     def compatible(self, wanted: set[int]) -> frozenset[int]:
         """Of overlapping units neither of which contains the other, only the earlier rule's."""
@@ -186,15 +221,22 @@ class Branch:
 
     def _make_roles(self, reused: Sequence[Unit]) -> dict[int, Role]:
         skipping = {i: self._outermost(i, reused) for i in self._wired.called}
-        active: list[Unit | Probe] = [u for u in self.units if self._is_active(u, reused)]
-        active += [p for p in self.probes if not any(u.covers(p.first) for u in reused)]
+        active: list[Unit | Decider] = [u for u in self.units if self._is_active(u, reused)]
+        looking = [d for d in self.deciders if d.first <= d.last]
+        asking = [d for d in looking if d.at_entry]
+        active += [d for d in looking if not d.at_entry and self._is_looked_at(d, reused)]
         roles = {}
         for i in self._wired.called:
+            ask = tuple(d for d in asking if d.first == i)
             enter = tuple(u for u in active if u.first == i)
             leave = tuple(u for u in active if u.last == i)
-            if enter or leave or skipping[i]:
-                roles[i] = Role(enter, leave, skipping[i])
+            if ask or enter or leave or skipping[i]:
+                roles[i] = Role(ask, enter, leave, skipping[i])
         return roles
+
+    @staticmethod
+    def _is_looked_at(decider: Decider, reused: Sequence[Unit]) -> bool:
+        return not any(unit.covers(decider.first) for unit in reused)
 
     @staticmethod
     def _outermost(index: int, reused: Sequence[Unit]) -> Unit | None:
@@ -247,16 +289,100 @@ class Branch:
     def predict(self, unit: Unit, at: Step, entered: Values) -> Values:
         """The unit's outputs at step `at`, from its history and the streams that enter it."""
         port = self._wired.ports[unit.last]
-        weights = self.weights(unit, at)
-        anchors = [unit.history[j].payload for j in range(len(weights))]
+        rule = self.recipe.rules[unit.rule]
+        steps = [anchor.step for anchor in unit.history]
+        weights = self._weights(rule, unit.rule, at, steps)
+        anchors = [anchor.payload for anchor in unit.history][: len(weights)]
         values = {}
         for name, newest in anchors[0].items():
             base = entered.get(name)
             form = leaf_at(port.form, port.outputs[name]) if name in port.outputs else None
             add = base is not None and form is not None and self._is_residual(unit, base, form)
             history = [anchor.get(name, newest) for anchor in anchors]
-            values[name] = linear_combine(history, weights, base if add else None)
+            values[name] = self._combined(
+                rule, unit, name, at, history, weights, base if add else None
+            )
         return values
+
+    def replaced(
+        self, unit: Unit, at: Step, entered: Values, output: Any, computed: Sequence[bool]
+    ) -> Any:
+        """A computed unit's output with the prediction for the samples that are not `computed`."""
+        port = self._wired.ports[unit.last]
+        predicted = self.predict(unit, at, entered)
+        values = {}
+        for name, path in (port.outputs | port.extras).items():
+            fresh = leaf_at(output, path)
+            if not isinstance(fresh, torch.Tensor):
+                continue
+            if name in predicted and len(fresh) == len(computed):
+                keep = torch.tensor(computed, device=fresh.device)
+                keep = keep.view(-1, *(1,) * (fresh.dim() - 1))
+                fresh = torch.where(keep, fresh, predicted[name])
+            values[name] = fresh
+        return port.build(values)
+
+    def predict_cell(self, cell: Cell, at: Step, entered: torch.Tensor | None) -> Any:
+        """The output of a reused call at step `at`."""
+        rule = self.recipe.rules[cell.rule]
+        weights = self._weights(rule, cell.rule, at, cell.steps)
+        anchors = [values for _, values in cell.history][: len(weights)]
+        base = cell.base(rule, entered)
+        values = {}
+        for name in anchors[0]:
+            history = [anchor[name] for anchor in anchors]
+            values[name] = self._combined(rule, cell, name, at, history, weights, base)
+        return cell.built(values)
+
+    def _combined(
+        self,
+        rule: Rule,
+        unit: Unit | Cell,
+        name: str,
+        at: Step,
+        history: Sequence[torch.Tensor],
+        weights: Sequence[Any],
+        base: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """`base + sum_j w_j y_j`, with the predictor's scale and shift where it has them."""
+        table = self._table(rule, name, history[0])
+        if table is None and not any(isinstance(w, torch.Tensor) for w in weights):
+            combined: torch.Tensor = linear_combine(history, weights, base)
+            return combined
+        total = torch.zeros_like(history[0], dtype=torch.float32)
+        for weight, payload in zip(weights, history, strict=True):
+            total += weight * payload
+        if table is not None:
+            step = min(at.index * table.shape[1] // at.total, table.shape[1] - 1)
+            scale, shift = table[min(unit.row, len(table) - 1), step]
+            total = total * scale + shift
+        if base is not None:
+            total += base
+        return total.to(history[0].dtype if base is None else base.dtype)
+
+    def _table(self, rule: Rule, name: str, like: torch.Tensor) -> torch.Tensor | None:
+        """Scales and shifts of a stream, `[units, steps, 2, channels]`, on its device."""
+        if not isinstance(rule.predictor, ScaleShift):
+            return None
+        for table in rule.predictor.tables:
+            key = (id(table), str(like.device))
+            if table.stream in ("", name) and table.shape[3] == like.shape[-1]:
+                if key not in self._tables:
+                    self._tables[key] = torch.from_numpy(table.array()).to(like.device)
+                return self._tables[key]
+        return None
+
+    def _weights(
+        self, rule: Rule, number: int, at: Step, steps: Sequence[Step]
+    ) -> Sequence[float | torch.Tensor]:
+        """The predictor's weights, newest first; DiCache's are on the device."""
+        ratio = next((d.ratio for d in self._gates() if d.number == number), None)
+        if isinstance(rule.predictor, ProbeRatio) and ratio is not None and len(steps) > 1:
+            return (ratio, 1.0 - ratio)
+        return rule.predictor.weights(at, steps)
+
+    def _gates(self) -> list[GateDecider]:
+        return [d for d in self.deciders if isinstance(d, GateDecider)]
 
     def weights(self, unit: Unit, at: Step) -> tuple[float, ...]:
         """The predictor's weights over the unit's history, newest first."""
@@ -294,13 +420,15 @@ class Branch:
 
     def drop(self) -> None:
         """Forget every payload."""
-        for unit in self.units:
-            unit.history.clear()
-        for probe in self.probes:
-            probe.reference = probe.change = None
+        for part in self.reusables:
+            part.history.clear()
+        for decider in self.deciders:
+            decider.drop()
+        self.latents = None
 
     def cache_bytes(self) -> int:
         """Bytes of the stored payloads and references."""
         held = [t for u in self.units for a in u.history for t in a.payload.values()]
-        held += [p.reference for p in self.probes if p.reference is not None]
-        return sum(t.numel() * t.element_size() for t in held)
+        held += [t for decider in self.deciders for t in decider.tensors()]
+        cells = sum(cell.cache_bytes() for cell in self.cells)
+        return cells + sum(t.numel() * t.element_size() for t in held)

@@ -7,7 +7,7 @@ graph, with our eager wrapper outside; a skipped block is not onloaded by offloa
 copies and pickles of the model come without us, for PyTorch leaves that slot out of them.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -24,6 +24,9 @@ class Engine(Protocol):
 
     def block(self, index: int, inner: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """In place of block `index`."""
+
+    def part(self, number: int, inner: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """In place of sub-layer `number`."""
 
 
 class _Hook:
@@ -76,23 +79,47 @@ class BlockHook(_Hook):
         return self.attachment.engine.block(self._index, self.inner, args, kwargs)
 
 
+class PartHook(_Hook):
+    """Routes the calls of one sub-layer through the engine."""
+
+    def __init__(self, attachment: "Attachment", number: int, module: nn.Module) -> None:
+        """Take over `module`'s calls."""
+        self.attachment, self._number = attachment, number
+        super().__init__(module)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """What `part(...)` runs now."""
+        if torch.compiler.is_compiling():
+            # Inside a compiled block: it stays one graph, and nothing of it is reused.
+            return self._module._call_impl(*args, **kwargs)
+        return self.attachment.engine.part(self._number, self.inner, args, kwargs)
+
+
 class Attachment(_Hook):
-    """Routes the calls of a denoiser, and of its blocks, through the engine.
+    """Routes the calls of a denoiser, its blocks and their parts through the engine.
 
     is_traced: the whole model was compiled; the compiler then inlines the blocks' own forwards.
     """
 
-    def __init__(self, engine: Engine, denoiser: nn.Module, blocks: list[nn.Module]) -> None:
-        """Attach; if any part fails, what was done is undone."""
+    def __init__(
+        self,
+        engine: Engine,
+        denoiser: nn.Module,
+        blocks: Sequence[nn.Module],
+        parts: Sequence[nn.Module] = (),
+    ) -> None:
+        """Attach; if anything fails, what was done is undone."""
         self.engine = engine
         self.is_traced = False
-        self._blocks: list[BlockHook] = []
+        self._inside: list[BlockHook | PartHook] = []
         try:
             for index, module in enumerate(blocks):
-                self._blocks.append(BlockHook(self, index, module))
+                self._inside.append(BlockHook(self, index, module))
+            for number, module in enumerate(parts):
+                self._inside.append(PartHook(self, number, module))
             super().__init__(denoiser)
         except BaseException:
-            self._remove_blocks()
+            self._remove_inside()
             raise
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -100,19 +127,19 @@ class Attachment(_Hook):
         if torch.compiler.is_compiling():
             self.is_traced = True
             return self._module._call_impl(*args, **kwargs)
-        for block in self._blocks:
-            block.ensure()
+        for hook in self._inside:
+            hook.ensure()
         return self.engine.forward(self.inner, args, kwargs)
 
     def detach(self) -> None:
         """Remove every hook."""
         self.remove()
-        self._remove_blocks()
+        self._remove_inside()
 
-    def _remove_blocks(self) -> None:
-        for block in self._blocks:
-            block.remove()
-        self._blocks = []
+    def _remove_inside(self) -> None:
+        for hook in self._inside:
+            hook.remove()
+        self._inside = []
 
 
 def attachment_of(denoiser: nn.Module) -> Attachment | None:
@@ -122,6 +149,6 @@ def attachment_of(denoiser: nn.Module) -> Attachment | None:
         if isinstance(hook, Attachment):
             return hook
         # The denoiser's own slot is lost where it was compiled as a whole since.
-        if isinstance(hook, BlockHook):
+        if isinstance(hook, (BlockHook, PartHook)):
             return hook.attachment
     return None

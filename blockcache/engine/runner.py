@@ -7,7 +7,6 @@ or exceptions. Whatever is not understood is computed, counted and said once.
 
 import logging
 import threading
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,12 +14,16 @@ from torch import nn
 
 from blockcache.engine import signals
 from blockcache.engine.blocks import Blocks
-from blockcache.engine.branch import Anchor, Branch, Probe, Role, Unit, Values
+from blockcache.engine.branch import Anchor, Branch, Unit, Values
+from blockcache.engine.deciding import Decider, GateDecider, Verdict
+from blockcache.engine.groups import group_of
 from blockcache.engine.hooks import Call
+from blockcache.engine.parts import Cell, Seen, find_parts, main_input, scope_of
+from blockcache.engine.run import Forward, Run
 from blockcache.engine.stats import BranchStats, RunStats
-from blockcache.engine.tracker import BranchNames, Tracker, conditioning_of, scheduler_of_caller
-from blockcache.engine.wiring import Watch, Wiring
-from blockcache.plan.policies import Gate, MaskTable
+from blockcache.engine.tracker import Tracker, conditioning_of, scheduler_of_caller
+from blockcache.engine.wiring import Watch, Wiring, bind
+from blockcache.plan.policies import Codebook, Gate, MaskTable, StaticPolicy, Verified
 from blockcache.plan.recipe import Recipe, Schedule
 from blockcache.plan.steps import Step
 
@@ -35,57 +38,33 @@ _MOST_CALLS = 16
 """Denoiser calls in one step beyond which the step is not believed."""
 
 
-@dataclass
-class Run:
-    """One run in one thread."""
-
-    steps: tuple[Step, ...]
-    stats: RunStats
-    branches: list[Branch] = field(default_factory=list)
-    names: BranchNames = field(default_factory=BranchNames)
-    step: int = -1
-    calls: int = 0
-    calls_before: int = 0
-    gated: dict[int, bool] = field(default_factory=dict)
-    """Gated rule to whether this step's first branch computes it."""
-    adapter: Any = None
-    objection: str = ""
-    """Why the whole run is computed plainly."""
-    schedules: dict[tuple[int, int], Schedule | None] = field(default_factory=dict)
-
-
-@dataclass
-class Forward:
-    """One denoiser call under way."""
-
-    step: Step
-    branch: Branch
-    watch: Watch | None = None
-    reused: frozenset[int] = frozenset()
-    roles: dict[int, Role] = field(default_factory=dict)
-    inputs: dict[Unit | Probe, Values] = field(default_factory=dict)
-    open: dict[Unit, Values] = field(default_factory=dict)
-    edges: dict[int, tuple[Values, Any]] = field(default_factory=dict)
-    """While watching: copies of what entered and left the blocks where units may begin or end."""
-    passed: Any = None
-    """What the last skipped block inside a unit put out."""
-    called: list[int] = field(default_factory=list)
-
-
 class Runner:
     """Serves one denoiser."""
 
     def __init__(
-        self, denoiser: nn.Module, blocks: Blocks, recipe: Recipe, scheduler: Any = None
+        self,
+        denoiser: nn.Module,
+        blocks: Blocks,
+        recipe: Recipe,
+        scheduler: Any = None,
+        group: Any = None,
     ) -> None:
         """Nothing is allocated before the first forward.
 
-        scheduler: used where no pipeline is found on the call stack.
+        scheduler: used where no pipeline is found on the call stack. group: the processes that
+        share a sample, where diffusers does not know them.
         """
         self.denoiser, self.blocks, self.recipe = denoiser, blocks, recipe
+        self.parts = find_parts(blocks, {r.site.scope for r in recipe.rules if r.site.is_sub_layer})
+        self._group = group
         self.last_run: RunStats | None = None
         self._scheduler = scheduler
         self._names = signals.argument_names(denoiser)
+        self._keeps_latents = any(rule.site.scope == "model" for rule in recipe.rules)
+        self._needs_grid = any(
+            isinstance(rule.policy, Gate) and rule.policy.signal == "filtered"
+            for rule in recipe.rules
+        )
         self._edges = _edges(blocks, recipe)
         self.siblings: list[Runner] = []
         """The runners of the pipeline's other denoisers."""
@@ -99,14 +78,48 @@ class Runner:
         """In place of the denoiser."""
         forward = self._local.forward = self._begin(args, kwargs)
         try:
-            output = inner(*args, **kwargs)
+            output = self._whole(forward) if forward is not None else None
+            if output is None:
+                output = inner(*args, **kwargs)
         except BaseException:
             # What was stored so far may be of mixed steps.
             self._abandon()
             raise
         self._local.forward = None
-        if forward is not None and not self._end(forward):
+        if forward is None:
+            return output
+        if forward.is_rejected:
+            return self._again(forward, inner, args, kwargs)
+        if not self._end(forward, output):
             return inner(*args, **kwargs)
+        return output
+
+    def _whole(self, forward: Forward) -> Any:
+        """The denoiser's own output, if that is what is reused; else None."""
+        branch = forward.branch
+        number = branch.cell(None)
+        if number is None or number not in forward.cells:
+            return None
+        forward.called = list(branch.called)
+        forward.reused = frozenset()
+        return branch.predict_cell(branch.cells[number], forward.step, forward.latents)
+
+    def _again(
+        self, forward: Forward, inner: Call, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Compute a step whose forecast was rejected at its last block."""
+        branch = forward.branch
+        branch.stats.decided["reuse"] -= len(forward.reused)
+        branch.stats.decided["forecast rejected"] += len(forward.reused)
+        full = Forward(forward.step, branch, forward.latents, roles=branch.roles(frozenset()))
+        self._local.forward = full
+        try:
+            output = inner(*args, **kwargs)
+        except BaseException:
+            self._abandon()
+            raise
+        self._local.forward = None
+        self._end(full, output)
         return output
 
     def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> "Forward | None":
@@ -140,6 +153,9 @@ class Runner:
         role = forward.roles.get(index)
         if role is None:
             return inner(*args, **kwargs)
+        if role.ask:
+            self._ask(forward, role.ask, index, args, kwargs)
+            role = forward.roles[index]
         if role.enter:
             entered = forward.branch.inputs(index, args, kwargs)
             for part in role.enter:
@@ -150,13 +166,40 @@ class Runner:
         else:
             output = inner(*args, **kwargs)
         for part in role.leave:
-            if isinstance(part, Probe):
-                self._decide_gate(forward, part, output)
+            if isinstance(part, Decider):
+                self._passed(forward, part, forward.inputs.pop(part, {}), output)
             else:
-                self._store(forward, part, output)
+                output = self._store(forward, part, output)
         return output
 
-    def _end(self, forward: Forward) -> bool:
+    def part(self, number: int, inner: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """In place of part `number`, a sub-layer."""
+        forward: Forward | None = getattr(self._local, "forward", None)
+        if forward is None:
+            return inner(*args, **kwargs)
+        forward.parts.append(number)
+        entered = main_input(args, kwargs)
+        if forward.watch is not None:
+            entered = None if entered is None else entered.clone()
+            output = inner(*args, **kwargs)
+            part = self.parts[number]
+            scope = scope_of(part, args, kwargs, output)
+            forward.seen.append(Seen(part, scope, entered, signals.copied(output)))
+            return output
+        branch = forward.branch
+        cell = branch.cell(number)
+        if cell is None:
+            return inner(*args, **kwargs)
+        if cell in forward.cells:
+            return branch.predict_cell(branch.cells[cell], forward.step, entered)
+        rule = self.recipe.rules[branch.cells[cell].rule]
+        if rule.payload == "residual" and rule.site.scope == "transformer" and entered is not None:
+            entered = entered.clone()
+        output = inner(*args, **kwargs)
+        self._store_cell(forward, branch.cells[cell], entered, output)
+        return output
+
+    def _end(self, forward: Forward, output: Any) -> bool:
         """Take stock of a finished forward. False if its output cannot be trusted."""
         if forward.watch is not None:
             self._finish_watch(forward)
@@ -165,6 +208,11 @@ class Runner:
             self._drop(self._local.run, "the model did not call the same blocks as before")
             forward.branch.wiring = None
             return not forward.reused
+        number = forward.branch.cell(None)
+        if number is not None and number not in forward.cells:
+            self._store_cell(forward, forward.branch.cells[number], forward.latents, output)
+        for decider in forward.branch.deciders:
+            decider.finished(self._local.run, forward, output)
         self._account(forward)
         return True
 
@@ -194,9 +242,10 @@ class Runner:
         for sibling in self.siblings:
             sibling.hand_over(self._tracker)
         self._runs += 1
-        run = Run(self._tracker.steps, RunStats(self._runs))
+        group = self._group or group_of(self.denoiser)
+        run = Run(self.recipe, self._tracker.steps, RunStats(self._runs), group)
         run.adapter = signals.adapter_state(self.denoiser)
-        if any(rule.site.scope != "stack" for rule in self.recipe.rules):
+        if any(rule.site.scope in ("span", "block") for rule in self.recipe.rules):
             run.objection = signals.offloading_objection(self.blocks)
         self._local.run = run
         self.last_run = run.stats
@@ -220,7 +269,7 @@ class Runner:
             run.calls += 1
             return
         run.step, run.calls_before, run.calls = step.index, run.calls, 1
-        run.gated.clear()
+        run.verdicts.clear()
         adapter = signals.adapter_state(self.denoiser)
         if adapter != run.adapter:
             run.adapter = adapter
@@ -236,10 +285,16 @@ class Runner:
             run.branches.append(Branch(self.recipe, self.blocks, stats))
         branch = run.branches[number]
         branch.form, branch.step = form, step.index
+        latents = signals.latents_of(named, self._names) if self._keeps_latents else None
+        branch.latents = latents
         if branch.wiring is None:
-            return Forward(step, branch, Watch(self.blocks))
-        reused = self._choose(run, branch, step)
-        return Forward(step, branch, None, reused, branch.roles(reused))
+            forward = Forward(step, branch, latents, watch=Watch(self.blocks))
+        else:
+            forward = Forward(step, branch, latents)
+            self._choose(run, forward)
+        if self._needs_grid:
+            forward.grid = signals.grid_of(self.denoiser, named)
+        return forward
 
     @staticmethod
     def _retire(run: Run, form: Any, step: Step) -> None:
@@ -251,23 +306,65 @@ class Runner:
 
     # ---- deciding ------------------------------------------------------------------------------
 
-    def _choose(self, run: Run, branch: Branch, step: Step) -> frozenset[int]:
-        """The units to be reused, as far as that is known before the first block."""
-        reused = set()
+    def _choose(self, run: Run, forward: Forward) -> None:
+        """What is reused, as far as that is known before the first block."""
+        branch, step = forward.branch, forward.step
+        verdicts = {d.number: d.before(run, branch, step) for d in branch.deciders}
+        units = set()
         for number, unit in enumerate(branch.units):
-            if isinstance(self.recipe.rules[unit.rule].policy, Gate):
-                if self._gate_is_open(run, unit, step):
-                    reused.add(number)
-                continue
-            asked = self._schedule(run, unit)[unit.row][step.index]
-            if not asked and not unit.history:
-                asked = "no history"
-            branch.stats.decided[asked or "reuse"] += 1
-            if not asked:
-                reused.add(number)
-        return branch.compatible(reused)
+            if self._is_reused(run, branch, unit, verdicts, step, forward):
+                units.add(number)
+        cells = set()
+        for number, cell in enumerate(branch.cells):
+            if self._is_reused(run, branch, cell, verdicts, step, forward):
+                cells.add(number)
+        forward.reused, forward.cells = branch.compatible(units), frozenset(cells)
+        forward.roles = branch.roles(forward.reused)
 
-    def _schedule(self, run: Run, unit: Unit) -> Schedule:
+    def _is_reused(
+        self,
+        run: Run,
+        branch: Branch,
+        part: Unit | Cell,
+        verdicts: dict[int, Verdict | None],
+        step: Step,
+        forward: Forward,
+    ) -> bool:
+        if not isinstance(self.recipe.rules[part.rule].policy, StaticPolicy):
+            return self._is_reused_online(branch, part, verdicts, forward)
+        asked = self._schedule(run, part)[part.row][step.index]
+        if not asked and not part.history:
+            asked = "no history"
+        branch.stats.decided[asked or "reuse"] += 1
+        return not asked
+
+    def _is_reused_online(
+        self,
+        branch: Branch,
+        part: Unit | Cell,
+        verdicts: dict[int, Verdict | None],
+        forward: Forward,
+    ) -> bool:
+        verdict = verdicts.get(part.rule)
+        if verdict is None:
+            return False
+        if verdict.rows and isinstance(part, Unit):
+            forward.partly[part] = verdict.rows
+        is_chosen = part.row in verdict.units
+        decides_here = self._decides_before(branch, part.rule)
+        if decides_here:
+            branch.stats.decided[verdict.asked or ("ranked" if is_chosen else "reuse")] += 1
+        return not verdict.asked and not verdict.rows and not is_chosen
+
+    @staticmethod
+    def _decides_before(branch: Branch, rule: int) -> bool:
+        """Whether a rule decides before the first block; else its decision is counted there."""
+        return not any(
+            d.number == rule and d.first <= d.last and isinstance(d, GateDecider)
+            for d in branch.deciders
+        )
+
+    def _schedule(self, run: Run, unit: Unit | Cell) -> Schedule:
         key = (unit.rule, unit.rows)
         if key not in run.schedules:
             run.schedules[key] = self.recipe.rules[unit.rule].schedule(run.steps, unit.rows)
@@ -276,61 +373,36 @@ class Runner:
             raise RuntimeError("an online rule has no schedule")
         return schedule
 
-    def _follows(self, run: Run, rule: int) -> bool:
-        """Whether an earlier branch of this step has decided for this one."""
-        return self.recipe.branches != "independent" and rule in run.gated
+    def _ask(
+        self,
+        forward: Forward,
+        deciders: tuple[Decider, ...],
+        index: int,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> None:
+        """Let rules decide that look at what enters their site."""
+        forward.bound = bind(self.blocks.blocks[index], args, kwargs)
+        for decider in deciders:
+            self._passed(forward, decider, {}, None)
+        forward.bound = {}
 
-    def _gate_is_open(self, run: Run, unit: Unit, step: Step) -> bool:
-        follows = self._follows(run, unit.rule) and not run.gated[unit.rule]
-        return follows and bool(unit.history) and not self._forced(unit, step)
-
-    def _forced(self, unit: Unit, step: Step) -> str:
-        return self.recipe.rules[unit.rule].forced(step, unit.streak)
-
-    def _decide_gate(self, forward: Forward, probe: Probe, output: Any) -> None:
-        """The probe's blocks are done: measure their change and decide for the rule behind them."""
+    def _passed(self, forward: Forward, decider: Decider, entered: Values, output: Any) -> None:
+        """The blocks a rule looks at are done: let it decide."""
         run: Run = self._local.run
-        branch, gate = forward.branch, self.recipe.rules[probe.rule].policy
-        units = {i: u for i, u in enumerate(branch.units) if u.rule == probe.rule}
-        entered = forward.inputs.pop(probe, None)
-        if not isinstance(gate, Gate) or not units or entered is None:
+        branch = forward.branch
+        units = branch.numbers_of(decider.number)
+        if isinstance(decider, GateDecider) and not units:
             return
-        current = signals.probe_residual(branch, probe, entered, output)
-        probe.change = signals.change_of(current, probe.reference)
-        if self._follows(run, probe.rule):
-            asked = "" if units.keys() <= forward.reused else "first branch"
-        else:
-            asked = self._gate_asks(run, branch, gate, probe, forward.step)
-            run.gated[probe.rule] = bool(asked)
-        branch.stats.decided[asked or "reuse"] += 1
-        if asked:
-            # Measured against the old reference, it says nothing about the steps to come.
-            probe.change = None
-        if asked or gate.reference == "previous":
-            probe.reference = current
-        if not asked:
+        verdict = decider.passed(run, forward, entered, output)
+        if verdict is None:
+            return
+        branch.stats.decided[verdict.asked or ("reuse" if not verdict.rows else "per sample")] += 1
+        if verdict.rows:
+            forward.partly |= {branch.units[number]: verdict.rows for number in units}
+        elif not verdict.asked:
             forward.reused = branch.compatible({*forward.reused, *units})
             forward.roles = branch.roles(forward.reused)
-
-    def _gate_asks(self, run: Run, branch: Branch, gate: Gate, probe: Probe, step: Step) -> str:
-        """What asks for computing behind a probe; empty to reuse."""
-        units = [u for u in branch.units if u.rule == probe.rule]
-        others: list[Probe] = []
-        if self.recipe.branches == "joint":
-            # Their changes are of the step before: this step's are not known yet.
-            others = [p for b in run.branches if b is not branch for p in b.probes]
-        known = [
-            p.change for p in (probe, *others) if p.rule == probe.rule and p.change is not None
-        ]
-        change = max(signals.read_changes(known), default=float("nan"))
-        branch.stats.changes += known[:1]
-        asked = self._forced(units[0], step)
-        if not asked and (probe.change is None or any(not unit.history for unit in units)):
-            asked = "no history"
-        if not asked and gate.should_compute(change, probe.accumulated):
-            asked = "threshold"
-        probe.accumulated = 0.0 if asked else probe.accumulated + change
-        return asked
 
     # ---- doing ---------------------------------------------------------------------------------
 
@@ -358,26 +430,44 @@ class Runner:
         forward.passed = branch.passed_through(index)
         return forward.passed
 
-    def _store(self, forward: Forward, unit: Unit, output: Any) -> None:
+    def _store(self, forward: Forward, unit: Unit, output: Any) -> Any:
+        """Keep what a computed unit put out. Returns what the model gets to see of it."""
         entered = forward.inputs.pop(unit, None)
-        if entered is None or not self._is_needed(forward.branch, unit, forward.step):
-            return
-        run: Run = self._local.run
-        branch = forward.branch
+        branch, rows = forward.branch, forward.partly.get(unit)
+        if entered is None:
+            return output
+        if rows is not None:
+            output = branch.replaced(unit, forward.step, entered, output, rows)
+        if not self._is_needed(branch, unit, forward.step):
+            return output
         payload = branch.payload(unit, entered, output)
         if not payload:
-            return
-        if unit.row == 0 and unit.history:
+            return output
+        if unit.row == 0 and unit.history and rows is None:
             signals.note_drift(branch, unit, forward.step, payload)
         unit.history.appendleft(Anchor(forward.step, payload))
-        held = sum(b.cache_bytes() for b in run.branches)
+        self._note_size()
+        return output
+
+    def _store_cell(
+        self, forward: Forward, cell: Cell, entered: torch.Tensor | None, output: Any
+    ) -> None:
+        if not self._is_needed(forward.branch, cell, forward.step):
+            return
+        rule = self.recipe.rules[cell.rule]
+        cell.history.appendleft((forward.step, cell.values(rule, entered, output)))
+        self._note_size()
+
+    def _note_size(self) -> None:
+        run: Run = self._local.run
+        held = sum(branch.cache_bytes() for branch in run.branches)
         run.stats.cache_bytes = max(run.stats.cache_bytes, held)
 
-    def _is_needed(self, branch: Branch, unit: Unit, step: Step) -> bool:
+    def _is_needed(self, branch: Branch, unit: Unit | Cell, step: Step) -> bool:
         """Whether a later reused step may look back on this one."""
         run: Run = self._local.run
         rule = self.recipe.rules[unit.rule]
-        if isinstance(rule.policy, Gate) or branch.is_layered:
+        if not isinstance(rule.policy, StaticPolicy) or branch.is_layered:
             return step.index < len(run.steps) - 1
         computed_since = 0
         for asked in self._schedule(run, unit)[unit.row][step.index + 1 :]:
@@ -418,7 +508,7 @@ class Runner:
             self.say(COMPILED_WHOLE)
             return
         try:
-            refused = branch.wire(forward.watch.wiring())
+            refused = branch.wire(forward.watch.wiring(), forward.seen)
         except ValueError as error:
             branch.wiring = Wiring({}, tuple(forward.called), (len(self.blocks),), frozenset())
             self.say(f"{error}; nothing is reused there")
@@ -428,32 +518,50 @@ class Runner:
         self._check_rows(branch)
         for unit in branch.units:
             self._store_watched(forward, unit)
-        for probe in branch.probes:
-            self._store_watched(forward, probe)
-        branch.stats.decided["first step"] += len(branch.units)
+        for decider in branch.deciders:
+            self._store_watched(forward, decider)
+        self._store_seen(forward)
+        branch.stats.decided["first step"] += len(branch.units) + len(branch.cells)
 
     def _check_rows(self, branch: Branch) -> None:
-        """Leave out rules whose table was made for another number of chains."""
-        for unit in list(branch.units):
-            policy = self.recipe.rules[unit.rule].policy
-            if isinstance(policy, MaskTable) and len(policy.computed) not in (1, unit.rows):
-                branch.units.remove(unit)
+        """Leave out rules whose table was made for another number of chains or sub-layers."""
+        for part in branch.reusables:
+            policy, site = self.recipe.rules[part.rule].policy, self.recipe.rules[part.rule].site
+            if isinstance(policy, MaskTable) and len(policy.computed) not in (1, part.rows):
+                branch.units = [unit for unit in branch.units if unit is not part]
+                branch.cells = [cell for cell in branch.cells if cell is not part]
+                what = f"{site.scope} sub-layers" if site.is_sub_layer else "chains of blocks"
                 self.say(
                     f"a rule is left out: its table has {len(policy.computed)} rows "
-                    f"and the model {unit.rows} chains of blocks"
+                    f"and the model {part.rows} {what}"
                 )
+        for number, rule in enumerate(self.recipe.rules):
+            if rule.site.is_sub_layer and not branch.of_rule(number):
+                self.say(f"a rule is left out: no {rule.site.scope!r} sub-layer was called")
 
-    def _store_watched(self, forward: Forward, part: Unit | Probe) -> None:
+    def _store_watched(self, forward: Forward, part: Unit | Decider) -> None:
         if part.first not in forward.edges or part.last not in forward.edges:
             return
         branch = forward.branch
         bound, output = forward.edges[part.first][0], forward.edges[part.last][1]
         entered = {n: x.clone() for n, x in branch.streams(part.first, bound).items()}
-        if isinstance(part, Probe):
-            part.reference = signals.probe_residual(branch, part, entered, output)
+        if isinstance(part, Unit):
+            forward.inputs[part] = entered
+            self._store(forward, part, output)
             return
-        forward.inputs[part] = entered
-        self._store(forward, part, output)
+        forward.bound = bound
+        if isinstance(part, GateDecider):
+            part.first_look(self._local.run, forward, entered, output)
+        else:
+            part.passed(self._local.run, forward, entered, output)
+
+    def _store_seen(self, forward: Forward) -> None:
+        """The calls of sub-layers in a branch's first forward."""
+        branch = forward.branch
+        for seen in forward.seen:
+            number = branch.cell(seen.part.number)
+            if number is not None:
+                self._store_cell(forward, branch.cells[number], seen.entered, seen.output)
 
     # ---- accounting ----------------------------------------------------------------------------
 
@@ -462,7 +570,14 @@ class Runner:
         branch = forward.branch
         for number, unit in enumerate(branch.units):
             unit.streak = unit.streak + 1 if number in forward.reused else 0
-        branch.stats.record(len(forward.called), branch.skipped(forward.reused))
+        for number, cell in enumerate(branch.cells):
+            cell.streak = cell.streak + 1 if number in forward.cells else 0
+        whole = branch.cell(None)
+        is_whole = whole is not None and whole in forward.cells
+        skipped = frozenset(branch.called) if is_whole else branch.skipped(forward.reused)
+        branch.stats.record(len(forward.called), skipped)
+        reused = sum(branch.cell(number) in forward.cells for number in forward.parts)
+        branch.stats.record_parts(len(forward.parts), reused)
         if forward.step.index == len(run.steps) - 1:
             branch.drop()
             if run.calls >= run.calls_before:
@@ -480,7 +595,7 @@ class Runner:
             return
         run.stats.is_finished = True
         is_complete = is_complete or run.step == len(run.steps) - 1
-        if is_complete and not run.stats.skipped():
+        if is_complete and not run.stats.reused_anything():
             self.say(signals.nothing_reused(self.recipe, run.stats))
 
     def _drop(self, run: Run, reason: str) -> None:
@@ -522,9 +637,9 @@ def _edges(blocks: Blocks, recipe: Recipe) -> tuple[frozenset[int], frozenset[in
             starts.add(after.index)
     for rule in recipe.rules:
         lo, hi = rule.site.limits(len(numbers))
-        if rule.site.scope == "block":
-            starts |= set(range(lo, hi))
-            ends |= set(range(lo, hi))
+        if rule.site.scope == "block" or isinstance(rule.policy, (Codebook, Verified)):
+            starts |= set(range(len(numbers)))
+            ends |= set(range(len(numbers)))
         starts.add(lo)
         ends |= {hi - 1, max(lo - 1, 0)}
     return frozenset(starts), frozenset(ends)

@@ -24,6 +24,8 @@ class BranchStats:
     computed: int = 0
     block_calls: int = 0
     skipped: int = 0
+    part_calls: int = 0
+    parts_reused: int = 0
     map: list[frozenset[int]] = field(default_factory=list)
     changes: list[Any] = field(default_factory=list)
     drift: list[Any] = field(default_factory=list)
@@ -37,6 +39,11 @@ class BranchStats:
         self.skipped += len(skipped)
         self.map.append(skipped)
 
+    def record_parts(self, called: int, reused: int) -> None:
+        """Count the sub-layer calls of one finished forward."""
+        self.part_calls += called
+        self.parts_reused += reused
+
     def as_dict(self) -> dict[str, Any]:
         """The figures as plain data."""
         return {
@@ -46,6 +53,8 @@ class BranchStats:
             "reused": self.steps - self.computed,
             "block_calls": self.block_calls,
             "block_calls_skipped": self.skipped,
+            "part_calls": self.part_calls,
+            "part_calls_reused": self.parts_reused,
             "change": spread(ratios(self.changes)),
             "drift_db": drift_db(self.drift),
             "decided": dict(self.decided),
@@ -63,14 +72,14 @@ class RunStats:
     cache_bytes: int = 0
     is_finished: bool = False
 
-    def skipped(self) -> int:
-        """Block calls not done."""
-        return sum(branch.skipped for branch in self.branches)
+    def reused_anything(self) -> bool:
+        """Whether any block or sub-layer call was not done."""
+        return any(branch.skipped or branch.parts_reused for branch in self.branches)
 
     def skipped_fraction(self) -> float:
         """Share of the block calls not done; 0 where there were none."""
         calls = sum(branch.block_calls for branch in self.branches)
-        return self.skipped() / calls if calls else 0.0
+        return sum(branch.skipped for branch in self.branches) / calls if calls else 0.0
 
 
 def ratios(pairs: list[Any]) -> list[float]:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from blockcache.plan.steps import Step
+from blockcache.plan.steps import Step, steps_from_sigmas
 
 _MOST_BRANCHES = 8
 _HOST_NAMES = ("self", "components", "pipe", "pipeline")
@@ -88,7 +88,7 @@ class Tracker:
         self._first = min(_start_index(scheduler, timestep, position), len(levels) - 1)
         # Image-to-image enters late: its run is what is left of the schedule.
         rest = levels[self._first :]
-        self.steps = tuple(Step(i, len(rest), level) for i, level in enumerate(rest))
+        self.steps = steps_from_sigmas(rest, _times(scheduler)[self._first :])
         self._index = self._call = 0
 
     def _advance(self, position: Any) -> None:
@@ -132,6 +132,13 @@ def _noise_levels(scheduler: Any) -> list[float]:
     if sigmas is None or len(sigmas) < len(timesteps):
         return timesteps
     return _floats(sigmas)[: len(timesteps)]
+
+
+def _times(scheduler: Any) -> list[float]:
+    """Timesteps as shares of the longest one the model was trained with."""
+    config = getattr(scheduler, "config", {})
+    longest = float(config.get("num_train_timesteps", None) or 1000)
+    return [min(t / longest, 1.0) for t in _floats(scheduler.timesteps)]
 
 
 def _floats(values: Any) -> list[float]:

@@ -18,8 +18,9 @@ import torch
 
 from blockcache.engine.blocks import Block, Blocks
 
-Path = tuple[int, ...]
-"""Position of a leaf in a block's output; () is the output itself."""
+Path = tuple[int | str, ...]
+"""Position of a leaf in an output, by number or (of diffusers' output classes) by name; () is the
+output itself."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ class Port:
         """An output in this block's form, from stream (and extra) values by name."""
         places = self.outputs | self.extras if self.extras else self.outputs
         by_path = {path: values[name] for name, path in places.items() if name in values}
-        return _filled(self.form, by_path, ())
+        return filled(self.form, by_path)
 
 
 @dataclass(frozen=True)
@@ -90,9 +91,17 @@ def bind(block: Block, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[st
     return bound | kwargs
 
 
+def is_record(value: Any) -> bool:
+    """Whether it is one of diffusers' output classes, which are dictionaries and tuples in one."""
+    return isinstance(value, dict) and hasattr(value, "to_tuple")
+
+
 def leaves(value: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
-    """The leaves of nested tuples and lists with their positions."""
-    if isinstance(value, (tuple, list)):
+    """The leaves of nested tuples, lists and output classes with their positions."""
+    if is_record(value):
+        for name, item in value.items():
+            yield from leaves(item, (*path, name))
+    elif isinstance(value, (tuple, list)):
         for i, item in enumerate(value):
             yield from leaves(item, (*path, i))
     else:
@@ -107,22 +116,30 @@ def leaf_at(value: Any, path: Path) -> Any:
 
 
 def rebuilt(container: Any, items: list[Any]) -> Any:
-    """A tuple, named tuple or list of the same type with other items."""
+    """A tuple, named tuple, list or output class of the same type with other items."""
+    if is_record(container):
+        return type(container)(**dict(zip(container, items, strict=True)))
     is_named = hasattr(container, "_fields")
     return type(container)(*items) if is_named else type(container)(items)
 
 
-def _filled(form: Any, values: dict[Path, torch.Tensor], path: Path) -> Any:
+def filled(form: Any, values: dict[Path, torch.Tensor], path: Path = ()) -> Any:
+    """An output in `form` with these tensors at their positions; gaps elsewhere are filled."""
+    if is_record(form):
+        return rebuilt(form, [filled(item, values, (*path, k)) for k, item in form.items()])
     if isinstance(form, (tuple, list)):
-        return rebuilt(form, [_filled(item, values, (*path, i)) for i, item in enumerate(form)])
+        return rebuilt(form, [filled(item, values, (*path, i)) for i, item in enumerate(form)])
     if path in values:
         return values[path]
     return form.fill() if isinstance(form, Gap) else form
 
 
-def _form_of(output: Any) -> Any:
+def outline(output: Any) -> Any:
+    """An output with every tensor replaced by a Gap."""
+    if is_record(output):
+        return rebuilt(output, [outline(item) for item in output.values()])
     if isinstance(output, (tuple, list)):
-        return rebuilt(output, [_form_of(item) for item in output])
+        return rebuilt(output, [outline(item) for item in output])
     if isinstance(output, torch.Tensor):
         return Gap(output.shape, output.dtype, output.device)
     return output
@@ -168,7 +185,7 @@ class Watch:
     def after(self, output: Any) -> None:
         """Note the output of the block that was called last."""
         call = self._calls[-1]
-        call.form = _form_of(output)
+        call.form = outline(output)
         call.outputs = [
             (path, weakref.ref(leaf))
             for path, leaf in leaves(output)

@@ -3,8 +3,17 @@
 from collections.abc import Sequence
 from typing import Literal
 
+from blockcache.plan.forecasts import ProbeRatio
 from blockcache.plan.guards import Guard
-from blockcache.plan.policies import MaskTable, Policy, StaticPolicy
+from blockcache.plan.policies import (
+    Codebook,
+    Gate,
+    MaskTable,
+    Policy,
+    Ranked,
+    StaticPolicy,
+    Verified,
+)
 from blockcache.plan.predictors import Copy, Predictor
 from blockcache.plan.sites import Layout, Site
 from blockcache.plan.spec import spec
@@ -23,7 +32,8 @@ class Rule:
 
     site: where. policy: when to compute. predictor: how the payload is rebuilt. guards: what
     forces computing. payload: "residual" stores output - input and adds it to the fresh input;
-    "output" stores the output, and the fresh input has no influence.
+    "output" stores the output, and the fresh input has no influence. What a sub-layer puts out is
+    stored before the block scales it (un-gated) and is its output in any case.
     """
 
     site: Site
@@ -31,6 +41,29 @@ class Rule:
     predictor: Predictor = Copy()
     guards: tuple[Guard, ...] = ()
     payload: Payload = "residual"
+
+    def __post_init__(self) -> None:
+        """Refuse combinations that have no meaning."""
+        policy, scope = self.policy, self.site.scope
+        if isinstance(policy, Gate):
+            self._check_gate(policy)
+        elif isinstance(self.predictor, ProbeRatio):
+            raise ValueError("ProbeRatio needs a gate with a probe in front of the site")
+        if isinstance(policy, Ranked) and (scope != "block" or self.predictor.depth < 2):
+            raise ValueError("Ranked needs a 'block' site and a predictor with two anchors")
+        if isinstance(policy, (Codebook, Verified)) and scope not in ("stack", "span"):
+            raise ValueError(f"{type(policy).__name__} needs a 'stack' or 'span' site")
+
+    def _check_gate(self, gate: Gate) -> None:
+        scope = self.site.scope
+        if (gate.signal == "latent") != (scope == "model"):
+            raise ValueError("the signal 'latent' and the site 'model' go together")
+        if scope not in ("stack", "span", "model"):
+            raise ValueError(f"a gate needs a 'stack', 'span' or 'model' site, not {scope!r}")
+        if isinstance(self.predictor, ProbeRatio) and not gate.needs_probe:
+            raise ValueError("ProbeRatio needs the signal 'first_block' or 'probe'")
+        if gate.batch == "sample" and (self.predictor.depth != 1 or scope == "model"):
+            raise ValueError("batch='sample' needs the predictor Copy and blocks as the site")
 
     def schedule(self, steps: Sequence[Step], units: int) -> Schedule | None:
         """What asks for computing at each step of each unit, or None for an online policy."""
@@ -88,6 +121,9 @@ class Recipe:
 
 
 def _written(rule: Rule, steps: Sequence[Step], layout: Layout, with_sigmas: bool) -> Rule:
+    if rule.site.is_sub_layer and isinstance(rule.policy, MaskTable):
+        # Its rows count sub-layers, which the layout does not know.
+        return rule
     schedule = rule.schedule(steps, len(rule.site.units(layout)))
     if schedule is None:
         return rule

@@ -6,7 +6,11 @@ from typing import Literal
 from blockcache.errors import PlanError
 from blockcache.plan.spec import spec
 
-Scope = Literal["model", "stack", "span", "block", "attn", "cross", "mlp", "guided"]
+Scope = Literal["model", "stack", "span", "block", "transformer", "attn", "cross", "mlp"]
+
+SUB_LAYERS = ("transformer", "attn", "cross", "mlp")
+"""Scopes whose units are module calls within a block; which there are is seen when they are called.
+"""
 
 
 @dataclass(frozen=True)
@@ -32,19 +36,29 @@ class Site:
     """A place in the model.
 
     scope: "stack" is every block as one; "span" the blocks lo..hi-1 as one; "block" each of the
-    blocks lo..hi-1 for itself; "attn", "cross", "mlp" the sub-layers of those blocks; "model" the
-    denoiser's output; "guided" the output after guidance.
-    lo, hi: block numbers in calling order; hi None means the end, negative numbers count from it.
+    blocks lo..hi-1 for itself; "attn" (self or joint attention), "cross" and "mlp" each sub-layer
+    of that kind in those blocks; "transformer" each transformer block inside the blocks of a U-Net;
+    "model" the denoiser's output.
+    lo, hi: block numbers in calling order; hi None means the end, negative numbers count from it,
+    and a float between 0 and 1 is a share of the blocks.
     """
 
     scope: Scope = "stack"
-    lo: int = 0
-    hi: int | None = None
+    lo: int | float = 0
+    hi: int | float | None = None
 
     def __post_init__(self) -> None:
-        """Refuse limits on the scopes that have none."""
-        if self.scope in ("stack", "model", "guided") and (self.lo, self.hi) != (0, None):
+        """Refuse limits on the scopes that have none, and floats that are no share."""
+        if self.scope in ("stack", "model") and (self.lo, self.hi) != (0, None):
             raise ValueError(f"a {self.scope!r} site takes no lo and hi; use 'span' for a part")
+        for end in (self.lo, self.hi):
+            if isinstance(end, float) and not 0.0 < end < 1.0:
+                raise ValueError(f"a limit is a block number or a share between 0 and 1, not {end}")
+
+    @property
+    def is_sub_layer(self) -> bool:
+        """Whether its units are parts of blocks."""
+        return self.scope in SUB_LAYERS
 
     def limits(self, n_blocks: int) -> tuple[int, int]:
         """`(lo, hi)` as plain block numbers.
@@ -52,8 +66,8 @@ class Site:
         Raises:
             PlanError: the site is empty or reaches outside a model of `n_blocks` blocks.
         """
-        lo = self.lo + n_blocks if self.lo < 0 else self.lo
-        hi = n_blocks if self.hi is None else self.hi + n_blocks if self.hi < 0 else self.hi
+        lo = _block_number(self.lo, n_blocks)
+        hi = n_blocks if self.hi is None else _block_number(self.hi, n_blocks)
         if not 0 <= lo < hi <= n_blocks:
             raise PlanError(
                 f"{self.scope} site {self.lo}..{self.hi} does not fit a model of {n_blocks} blocks"
@@ -61,9 +75,11 @@ class Site:
         return lo, hi
 
     def units(self, layout: Layout) -> tuple[tuple[int, int], ...]:
-        """The pieces `(lo, hi)` that are reused for themselves."""
+        """The pieces `(lo, hi)` that are reused for themselves; of sub-layers, their blocks."""
         lo, hi = self.limits(layout.blocks)
-        if self.scope == "block":
+        if self.scope == "model":
+            return ((lo, hi),)
+        if self.scope == "block" or self.is_sub_layer:
             return tuple((i, i + 1) for i in range(lo, hi))
         pieces, start = [], 0
         for length in layout.chains:
@@ -72,3 +88,9 @@ class Site:
                 pieces.append((a, b))
             start += length
         return tuple(pieces)
+
+
+def _block_number(end: int | float, n_blocks: int) -> int:
+    if isinstance(end, float):
+        return round(end * n_blocks)
+    return end + n_blocks if end < 0 else end

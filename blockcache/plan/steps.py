@@ -9,20 +9,34 @@ class Step:
     """One sampler step of a run.
 
     index: 0-based position in the run. total: steps of the run. sigma: the sampler's noise level
-    or, where it has none, its timestep; only differences and order matter. stage, expert: change
-    when the pipeline switches resolution stage or denoiser, and nothing is reused across that.
+    or, where it has none, its timestep; only differences and order matter. time: the timestep as a
+    share of the longest one, 1 for pure noise down to 0; published windows are given in it (times
+    1000). None where nobody knows it; steps then count as evenly spaced.
     """
 
     index: int
     total: int
     sigma: float
-    stage: int = 0
-    expert: str = ""
+    time: float | None = None
+
+    @property
+    def share(self) -> float:
+        """Part of the run that is done when the step begins, 0 to 1."""
+        return self.index / self.total
+
+    @property
+    def noise_time(self) -> float:
+        """`time`, or what it would be with evenly spaced steps."""
+        return 1.0 - self.share if self.time is None else self.time
 
 
-def steps_from_sigmas(sigmas: Sequence[float]) -> tuple[Step, ...]:
-    """The steps of a run that visits `sigmas` in this order."""
-    return tuple(Step(i, len(sigmas), float(s)) for i, s in enumerate(sigmas))
+def steps_from_sigmas(
+    sigmas: Sequence[float], times: Sequence[float] | None = None
+) -> tuple[Step, ...]:
+    """The steps of a run that visits `sigmas` in this order; times as in `Step`."""
+    total = len(sigmas)
+    shares: Sequence[float | None] = [None] * total if times is None else times
+    return tuple(Step(i, total, float(sigmas[i]), shares[i]) for i in range(total))
 
 
 def even_steps(total: int) -> tuple[Step, ...]:

@@ -281,8 +281,10 @@ def test_nothing_reused_is_said_with_numbers(caplog):
 
 def test_a_gate_needs_something_in_front_of_it():
     model = Denoiser()
-    for site in (Site("stack"), Site("span", 0, 2), Site("block")):
+    for site in (Site("stack"), Site("span", 0, 2)):
         with pytest.raises(blockcache.PlanError, match="needs blocks in front"):
             blockcache.enable(model, Recipe((Rule(site, Gate(0.1)),)))
+    with pytest.raises(blockcache.PlanError, match="needs a 'stack', 'span' or 'model' site"):
+        Rule(Site("block"), Gate(0.1))
     with pytest.raises(blockcache.BlockCacheError, match="nothing is enabled"):
         blockcache.summary(model)

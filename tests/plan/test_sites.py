@@ -54,7 +54,7 @@ def test_no_unit_reaches_across_two_chains(site, chains, expected):
     assert site.units(Layout(chains)) == expected
 
 
-@pytest.mark.parametrize("scope", ["stack", "model", "guided"])
+@pytest.mark.parametrize("scope", ["stack", "model"])
 def test_scopes_without_limits_refuse_them(scope):
     assert Site(scope).lo == 0
     with pytest.raises(PlanError, match="takes no lo and hi"):

@@ -1,7 +1,20 @@
 """Policies: when to compute."""
 
 from blockcache.plan.policies.base import Mask, Policy, StaticPolicy
-from blockcache.plan.policies.gate import Gate
-from blockcache.plan.policies.static import Every, Geometric, MaskTable
+from blockcache.plan.policies.online import Codebook, Gate, Ranked, Verified
+from blockcache.plan.policies.static import Every, Geometric, Growing, MaskTable, Within
 
-__all__ = ["Every", "Gate", "Geometric", "Mask", "MaskTable", "Policy", "StaticPolicy"]
+__all__ = [
+    "Codebook",
+    "Every",
+    "Gate",
+    "Geometric",
+    "Growing",
+    "Mask",
+    "MaskTable",
+    "Policy",
+    "Ranked",
+    "StaticPolicy",
+    "Verified",
+    "Within",
+]

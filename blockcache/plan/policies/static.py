@@ -1,7 +1,7 @@
 """Static policies: the whole run's mask is known before the first forward."""
 
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -136,6 +136,63 @@ class MaskTable(StaticPolicy):
             return [_nearest(by_noise, sigma) for sigma in self.sigmas]
         scale = len(steps) / self.total
         return [min(len(steps) - 1, round(i * scale)) for i in range(self.total)]
+
+
+@spec
+class Growing(StaticPolicy):
+    """Compute with gaps that grow by a constant after every computed step (Spectrum's schedule).
+
+    warmup: steps computed first. window: first gap, at least 1. growth: added to the gap after
+    every computed step; the gap in force is its whole part.
+    """
+
+    warmup: Annotated[Count, Field(ge=1)] = 5
+    window: Annotated[float, Field(ge=1)] = 2.0
+    growth: Annotated[float, Field(ge=0)] = 0.75
+
+    def mask(self, steps: Sequence[Step], units: int) -> Mask:
+        """The warm-up, then every step that ends a gap."""
+        computed = set(range(min(self.warmup, len(steps))))
+        gap, last = self.window, self.warmup - 1
+        while (last := last + int(gap)) < len(steps):
+            computed.add(last)
+            gap += self.growth
+        return _same_for_all(computed, len(steps), units)
+
+
+@spec
+class Within(StaticPolicy):
+    """Another policy in a part of the run; outside of it everything is computed.
+
+    start, stop: `start` <= position < `stop`, positions from 0 to 1. axis: the position of a step
+    is the "share" of the run that is done, or its "time", which falls from 1 to 0 (a published
+    window of 100 to 800 of 1000 timesteps is 0.1 to 0.8). The inner policy begins to count at
+    the first step inside, which is computed.
+    """
+
+    policy: StaticPolicy
+    start: Annotated[float, Field(ge=0, le=1)] = 0.0
+    stop: Annotated[float, Field(ge=0, le=1)] = 1.0
+    axis: Literal["share", "time"] = "share"
+
+    def __post_init__(self) -> None:
+        """Refuse a window without width."""
+        if self.start >= self.stop:
+            raise ValueError(f"the window {self.start} to {self.stop} is empty")
+
+    def mask(self, steps: Sequence[Step], units: int) -> Mask:
+        """The inner policy's mask of the steps inside, True elsewhere."""
+        inside = [i for i, step in enumerate(steps) if self._holds(step)]
+        inner = self.policy.mask([steps[i] for i in inside], units)
+        rows = []
+        for row in inner:
+            wanted = dict(zip(inside, row, strict=True))
+            rows.append(tuple(wanted.get(i, True) for i in range(len(steps))))
+        return tuple(rows)
+
+    def _holds(self, step: Step) -> bool:
+        position = step.share if self.axis == "share" else step.noise_time
+        return self.start <= position < self.stop
 
 
 def _nearest(values: Sequence[float], wanted: float) -> int:

@@ -1,0 +1,515 @@
+"""Online rules: what they measure in one branch, and how they decide from it.
+
+A decider speaks up to three times in a forward: `before` the first block, when its blocks are
+`passed`, and when the denoiser is `finished`. The first branch of a step decides for the others
+unless the recipe says "independent"; its verdict is kept by the run. Whatever is read from the
+device is read in one go.
+"""
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from blockcache.engine import signals
+from blockcache.engine.groups import summed
+from blockcache.plan.forecasts import ProbeRatio
+from blockcache.plan.policies import Codebook, Gate, Ranked, Verified
+from blockcache.plan.recipe import Rule
+from blockcache.plan.steps import Step
+
+if TYPE_CHECKING:
+    from blockcache.engine.branch import Branch, Unit
+    from blockcache.engine.parts import Cell
+    from blockcache.engine.run import Forward, Run
+
+Values = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a rule's first branch decided in a step.
+
+    asked: what asks for computing, empty to reuse. rows: of a decision per sample, which samples
+    are computed. units: positions of the rule's units that are computed, where it is not all.
+    """
+
+    asked: str
+    rows: tuple[bool, ...] = ()
+    units: frozenset[int] = frozenset()
+
+
+class Decider:
+    """Base class: one online rule in one branch.
+
+    number: of the rule. first, last: the blocks whose passing is looked at; none if first > last.
+    at_entry: looked at when entering `first`, else when leaving `last`.
+    """
+
+    def __init__(self, number: int, rule: Rule, first: int = 0, last: int = -1) -> None:
+        """Start without any measurement."""
+        self.number, self.rule = number, rule
+        self.first, self.last = first, last
+        self.at_entry = False
+        self.change: torch.Tensor | None = None
+        """The last comparison, sums `[samples, n]`, still on the device."""
+
+    def before(self, run: "Run", branch: "Branch", step: Step) -> Verdict | None:
+        """The decision before the first block; None leaves it open and computes until then."""
+        raise NotImplementedError
+
+    def passed(
+        self, run: "Run", forward: "Forward", entered: Values, output: Any
+    ) -> Verdict | None:
+        """Its blocks are done (or entered): measure, and decide if that is what decides."""
+        return None
+
+    def finished(self, run: "Run", forward: "Forward", output: Any) -> None:
+        """The denoiser is done."""
+
+    def drop(self) -> None:
+        """Forget every tensor."""
+        self.change = None
+
+    def tensors(self) -> list[torch.Tensor]:
+        """What is held for the steps to come."""
+        return []
+
+    def follows(self, run: "Run") -> bool:
+        """Whether an earlier branch of this step has decided."""
+        return run.recipe.branches != "independent" and self.number in run.verdicts
+
+    def _reusables(self, branch: "Branch") -> "list[Unit | Cell]":
+        return branch.of_rule(self.number)
+
+    def _has_history(self, branch: "Branch", depth: int = 1) -> bool:
+        return all(len(unit.history) >= depth for unit in self._reusables(branch))
+
+    def _forced(self, branch: "Branch", step: Step) -> str:
+        parts = self._reusables(branch)
+        return self.rule.forced(step, parts[0].streak if parts else 0)
+
+
+class GateDecider(Decider):
+    """A `Gate` that looks at blocks in front of its site, or at what enters it."""
+
+    def __init__(self, number: int, rule: Rule, gate: Gate, first: int, last: int) -> None:
+        """Look at the blocks first..last."""
+        super().__init__(number, rule, first, last)
+        self.gate = gate
+        self.at_entry = not gate.needs_probe
+        self.reference: torch.Tensor | None = None
+        self.residuals: deque[torch.Tensor] = deque(maxlen=2)
+        """Of the probe at the computed steps, newest first, where the predictor wants them."""
+        self.ratio: torch.Tensor | None = None
+        self._accumulated: list[float] = []
+
+    def before(self, run: "Run", branch: "Branch", step: Step) -> Verdict | None:
+        """What the first branch decided, if this one can follow."""
+        verdict = run.verdicts.get(self.number) if self.follows(run) else None
+        can_follow = self._has_history(branch) and not self._forced(branch, step)
+        if verdict is None or verdict.asked or not can_follow:
+            return None
+        return verdict
+
+    def passed(
+        self, run: "Run", forward: "Forward", entered: Values, output: Any
+    ) -> Verdict | None:
+        """Compare with the reference and decide."""
+        current = self._signal(run, forward, entered, output)
+        residual = self._residual(forward, entered, output)
+        self.change = self._compared(current, self.reference)
+        self.ratio = self._ratio(run, residual)
+        if self.follows(run):
+            verdict = self._following(run, forward)
+        else:
+            verdict = self._decided(run, forward.branch, forward.step)
+            run.verdicts[self.number] = verdict
+        self._renew(verdict, current, residual)
+        return verdict
+
+    def first_look(self, run: "Run", forward: "Forward", entered: Values, output: Any) -> None:
+        """The branch's first forward, which is computed in any case."""
+        current = self._signal(run, forward, entered, output)
+        self._renew(Verdict("first step"), current, self._residual(forward, entered, output))
+
+    def drop(self) -> None:
+        """Forget the reference."""
+        super().drop()
+        self.reference = self.ratio = None
+        self.residuals.clear()
+        self._accumulated = []
+
+    def tensors(self) -> list[torch.Tensor]:
+        """The reference and the probe's residuals."""
+        return [t for t in (self.reference, *self.residuals) if t is not None]
+
+    def _signal(
+        self, run: "Run", forward: "Forward", entered: Values, output: Any
+    ) -> torch.Tensor | None:
+        branch = forward.branch
+        if self.gate.signal == "first_block":
+            return signals.residual(branch, self.last, entered, output)
+        if self.gate.signal == "probe":
+            return signals.left(branch, self.last, output)
+        block = branch.blocks.blocks[self.first]
+        main = branch.main_stream(self.first)
+        seen = signals.modulated(block, main, forward.bound)
+        if self.gate.signal == "modulated":
+            return seen
+        if seen is None or seen.shape[:-1] != forward.bound[main].shape[:-1]:
+            # Blocks that modulate inside themselves: the tokens as they enter.
+            seen = forward.bound[main]
+        is_flow = run.steps[0].sigma <= 1.0
+        return signals.filtered(seen, forward.grid, forward.step, is_flow, self.gate.falloff)
+
+    def _residual(self, forward: "Forward", entered: Values, output: Any) -> torch.Tensor | None:
+        if not isinstance(self.rule.predictor, ProbeRatio):
+            return None
+        return signals.residual(forward.branch, self.last, entered, output)
+
+    def _compared(
+        self, current: torch.Tensor | None, reference: torch.Tensor | None
+    ) -> torch.Tensor | None:
+        if current is None or reference is None or current.shape != reference.shape:
+            return None
+        return signals.sums(current, reference, per_sample=self.gate.batch != "mean")
+
+    def _ratio(self, run: "Run", residual: torch.Tensor | None) -> torch.Tensor | None:
+        predictor = self.rule.predictor
+        if residual is None or len(self.residuals) < 2 or not isinstance(predictor, ProbeRatio):
+            return None
+        newest, older = self.residuals
+        sums = torch.stack([(residual - older).abs().sum(), (newest - older).abs().sum()])
+        moved, apart = summed(sums, run.group)
+        ratio: torch.Tensor = (moved / apart).nan_to_num(1.0)
+        return ratio.clamp(predictor.least, predictor.most)
+
+    def _following(self, run: "Run", forward: "Forward") -> Verdict:
+        verdict = run.verdicts[self.number]
+        reused = forward.branch.numbers_of(self.number) <= forward.reused
+        if reused or any(unit in forward.partly for unit in forward.branch.units):
+            return verdict
+        return Verdict("first branch")
+
+    def _decided(self, run: "Run", branch: "Branch", step: Step) -> Verdict:
+        """The one host read of the step."""
+        rows = self._changes(run, branch)
+        asked = self._forced(branch, step)
+        if not asked and (self.change is None or not self._has_history(branch)):
+            asked = "no history"
+        if len(self._accumulated) != len(rows):
+            self._accumulated = [0.0] * len(rows)
+        computing = [
+            self.gate.should_compute(change, before)
+            for change, before in zip(rows, self._accumulated, strict=True)
+        ]
+        is_split = any(computing) and not all(computing)
+        if not asked and self.gate.batch == "sample" and is_split:
+            self._advance(rows, computing)
+            return Verdict("", tuple(computing))
+        if not asked and any(computing):
+            asked = "threshold"
+        self._advance(rows, [bool(asked)] * len(rows))
+        return Verdict(asked)
+
+    def _advance(self, rows: Sequence[float], computing: Sequence[bool]) -> None:
+        self._accumulated = [
+            0.0 if computes else before + change
+            for change, before, computes in zip(rows, self._accumulated, computing, strict=True)
+        ]
+
+    def _changes(self, run: "Run", branch: "Branch") -> list[float]:
+        """The change of each sample. Joint branches count the others' of the step before, too."""
+        if self.change is None:
+            return []
+        others: list[Decider] = []
+        if run.recipe.branches == "joint" and self.gate.batch != "sample":
+            others = [d for b in run.branches if b is not branch for d in b.deciders]
+        known = [d.change for d in others if d.number == self.number and d.change is not None]
+        together = summed(torch.cat([self.change, *known]), run.group)
+        own = len(self.change)
+        branch.stats.changes.append(self.pair(together[:own]))
+        values = [self.value(row) for row in together.tolist()]
+        return [_largest([value, *values[own:]]) for value in values[:own]]
+
+    def pair(self, sums: torch.Tensor) -> torch.Tensor:
+        """(difference, magnitude) over all samples, for the statistics."""
+        return sums[:, :2].sum(0)
+
+    def value(self, row: Sequence[float]) -> float:
+        """The rescaled change of one sample from its sums."""
+        difference, magnitude = row[0], row[1]
+        change = difference / magnitude if magnitude > 0 else float("nan")
+        return self.gate.rescaled(change)
+
+    def _renew(
+        self, verdict: Verdict, current: torch.Tensor | None, residual: torch.Tensor | None
+    ) -> None:
+        if verdict.asked:
+            # Measured against the old reference, it says nothing about the steps to come.
+            self.change = None
+            if residual is not None:
+                self.residuals.appendleft(residual)
+        if verdict.asked or self.gate.reference == "previous" or self.reference is None:
+            self.reference = current
+        elif verdict.rows and current is not None:
+            computed = torch.tensor(verdict.rows, device=current.device)
+            self.reference[computed] = current[computed]
+
+
+class LatentDecider(GateDecider):
+    """The gate in front of the whole denoiser: latents in, output out (EasyCache)."""
+
+    def __init__(self, number: int, rule: Rule, gate: Gate) -> None:
+        """Look at no block."""
+        super().__init__(number, rule, gate, 0, -1)
+        self._previous: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._computed: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._gain: torch.Tensor | None = None
+
+    def before(self, run: "Run", branch: "Branch", step: Step) -> Verdict | None:
+        """Decide from the latents alone."""
+        self.change = None
+        if self._gain is not None and self._previous is not None and branch.latents is not None:
+            latents, output = self._previous
+            moved = (branch.latents - latents).abs().sum()
+            size = torch.stack([moved, output.abs().sum()])
+            self.change = torch.cat([self._gain, size])[None].float()
+        if self.follows(run):
+            verdict = run.verdicts[self.number]
+            has_what_it_takes = self._has_history(branch) and not self._forced(branch, step)
+            return verdict if has_what_it_takes else Verdict("no history")
+        run.verdicts[self.number] = self._decided(run, branch, step)
+        return run.verdicts[self.number]
+
+    def value(self, row: Sequence[float]) -> float:
+        """Gain times the latents' change, over the size of the last output."""
+        output_change, latent_change, moved, size = row
+        if latent_change <= 0 or size <= 0:
+            return float("nan")
+        return self.gate.rescaled(output_change / latent_change * moved / size)
+
+    def pair(self, sums: torch.Tensor) -> torch.Tensor:
+        """(estimated change, size) of the output."""
+        return torch.stack([sums[0, 0] / sums[0, 1] * sums[0, 2], sums[0, 3]])
+
+    def finished(self, run: "Run", forward: "Forward", output: Any) -> None:
+        """Keep latents and output, and at computed steps the gain."""
+        result, latents = signals.main_tensor(output), forward.latents
+        if result is None or latents is None:
+            return
+        result = result.clone()
+        if not forward.cells:
+            if self._computed is not None:
+                before, old = self._computed
+                moved = (result - old).abs().sum(), (latents - before).abs().sum()
+                self._gain = torch.stack(moved)
+            self._computed = (latents, result)
+        self._previous = (latents, result)
+
+    def drop(self) -> None:
+        """Forget latents and outputs."""
+        super().drop()
+        self._previous = self._computed = self._gain = None
+
+    def tensors(self) -> list[torch.Tensor]:
+        """Latents and outputs."""
+        return [*(self._previous or ()), *(self._computed or ())]
+
+
+class RankedDecider(Decider):
+    """Ranks the units after every full step (Sortblock)."""
+
+    def __init__(self, number: int, rule: Rule, policy: Ranked) -> None:
+        """Nothing chosen yet."""
+        super().__init__(number, rule)
+        self.policy = policy
+        self._chosen: frozenset[int] | None = None
+
+    def before(self, run: "Run", branch: "Branch", step: Step) -> Verdict | None:
+        """Full, or the chosen units."""
+        if self.follows(run) and self._has_history(branch):
+            return run.verdicts[self.number]
+        run.verdicts[self.number] = verdict = self._verdict(run, branch, step)
+        return verdict
+
+    def _verdict(self, run: "Run", branch: "Branch", step: Step) -> Verdict:
+        asked = self._forced(branch, step)
+        if asked or self.policy.is_full(step) or not self._has_history(branch, 2):
+            self._chosen = None
+            return Verdict(asked or "full step")
+        if self._chosen is None:
+            self._chosen = self._ranked(run, branch, step)
+        return Verdict("", units=self._chosen)
+
+    def _ranked(self, run: "Run", branch: "Branch", step: Step) -> frozenset[int]:
+        """Lists of blocks (two-stream, one-stream) are ranked for themselves."""
+        units = [unit for unit in branch.units if unit.rule == self.number]
+        sums = torch.stack([signals.products(unit) for unit in units])
+        dots = summed(sums, run.group).tolist()
+        similarities = [ab / (aa * bb) ** 0.5 if aa * bb > 0 else 0.0 for ab, aa, bb in dots]
+        groups: dict[str, list[int]] = {}
+        for position, unit in enumerate(units):
+            groups.setdefault(branch.group_of(unit), []).append(position)
+        chosen: set[int] = set()
+        for members in groups.values():
+            picked = self.policy.chosen(step, [similarities[i] for i in members])
+            chosen |= {members[i] for i in picked}
+        return frozenset(chosen)
+
+    def drop(self) -> None:
+        """Forget the ranking."""
+        super().drop()
+        self._chosen = None
+
+
+class CodebookDecider(Decider):
+    """Looks at one block at the computed steps and sets the date of the next one (AdaCache)."""
+
+    def __init__(self, number: int, rule: Rule, policy: Codebook, block: int) -> None:
+        """Look at `block`."""
+        super().__init__(number, rule, block, block)
+        self.policy = policy
+        self._reference: torch.Tensor | None = None
+        self._at = self._before = 0
+        self._due = 0
+
+    def before(self, run: "Run", branch: "Branch", step: Step) -> Verdict | None:
+        """Reuse until the date."""
+        if self.follows(run) and self._has_history(branch):
+            return run.verdicts[self.number]
+        asked = self._forced(branch, step)
+        if self.change is not None:
+            self._set_date(run, branch)
+        if not asked and not self._has_history(branch):
+            asked = "no history"
+        if not asked and step.index >= self._due:
+            asked = "interval"
+        run.verdicts[self.number] = Verdict(asked)
+        return run.verdicts[self.number]
+
+    def _set_date(self, run: "Run", branch: "Branch") -> None:
+        if self.change is None:
+            return
+        sums = summed(self.change, run.group)
+        branch.stats.changes.append(sums[0])
+        difference, magnitude = sums[0].tolist()
+        self.change = None
+        change = difference / magnitude if magnitude > 0 else float("inf")
+        self._due = self._at + self.policy.interval(change / (self._at - self._before))
+
+    def passed(
+        self, run: "Run", forward: "Forward", entered: Values, output: Any
+    ) -> Verdict | None:
+        """Measure; the decision is for the steps to come."""
+        current = signals.residual(forward.branch, self.last, entered, output)
+        if current is not None and self._reference is not None:
+            self.change = signals.sums(current, self._reference, per_sample=False)
+        self._reference, self._before, self._at = current, self._at, forward.step.index
+        return None
+
+    def drop(self) -> None:
+        """Forget the reference."""
+        super().drop()
+        self._reference = None
+        self._due = 0
+
+    def tensors(self) -> list[torch.Tensor]:
+        """The block's residual."""
+        return [] if self._reference is None else [self._reference]
+
+
+class VerifiedDecider(Decider):
+    """Trusts the forecast and checks it at the last block (SpeCa)."""
+
+    def __init__(self, number: int, rule: Rule, policy: Verified, block: int) -> None:
+        """Check at `block`, the one behind the site."""
+        super().__init__(number, rule, block, block)
+        self.policy = policy
+        self._history: deque[tuple[Step, torch.Tensor]] = deque(maxlen=rule.predictor.depth)
+
+    def before(self, run: "Run", branch: "Branch", step: Step) -> Verdict | None:
+        """Reuse for now."""
+        if self.follows(run) and self._has_history(branch):
+            return run.verdicts[self.number]
+        parts = self._reusables(branch)
+        asked = self._forced(branch, step)
+        if not asked and not self._has_history(branch):
+            asked = "no history"
+        if not asked and parts and parts[0].streak >= self.policy.most:
+            asked = "longest streak"
+        run.verdicts[self.number] = Verdict(asked)
+        return run.verdicts[self.number]
+
+    def passed(
+        self, run: "Run", forward: "Forward", entered: Values, output: Any
+    ) -> Verdict | None:
+        """Compare the block's output with its forecast, or keep it for later forecasts."""
+        branch, step = forward.branch, forward.step
+        current = signals.left(branch, self.last, output)
+        if not branch.numbers_of(self.number) & forward.reused:
+            self._history.appendleft((step, current))
+            return None
+        parts = self._reusables(branch)
+        is_first = forward.branch is run.branches[0] or run.recipe.branches == "independent"
+        if not is_first or parts[0].streak < self.policy.least or not self._history:
+            return None
+        error = self._error(run, branch, step, current)
+        if not error < self.policy.limit(step):
+            forward.is_rejected = True
+            run.verdicts[self.number] = Verdict("forecast rejected")
+        return None
+
+    def _error(self, run: "Run", branch: "Branch", step: Step, current: torch.Tensor) -> float:
+        weights = self.rule.predictor.weights(step, [at for at, _ in self._history])
+        forecast = torch.zeros_like(current)
+        for weight, (_, payload) in zip(weights, self._history, strict=False):
+            forecast.add_(payload, alpha=weight)
+        relative = (current - forecast).abs() / (forecast.abs() + 1e-6)
+        count = torch.tensor(float(relative.numel()), device=relative.device)
+        sums = summed(torch.stack([relative.float().sum(), count]), run.group)
+        branch.stats.changes.append(sums)
+        total, elements = sums.tolist()
+        return float(total / elements)
+
+    def drop(self) -> None:
+        """Forget the outputs."""
+        super().drop()
+        self._history.clear()
+
+    def tensors(self) -> list[torch.Tensor]:
+        """The block's outputs."""
+        return [payload for _, payload in self._history]
+
+
+def _largest(values: Sequence[float]) -> float:
+    """The largest value; NaN if one is."""
+    return max(values) if all(value == value for value in values) else float("nan")
+
+
+def decider_for(number: int, rule: Rule, branch: "Branch") -> Decider | None:
+    """The decider of a rule, or None: it is static, or its blocks are not called here."""
+    policy = rule.policy
+    called = branch.called
+    lo, hi = rule.site.limits(len(branch.blocks))
+    inside = [i for i in called if lo <= i < hi]
+    if isinstance(policy, Gate) and rule.site.scope == "model":
+        return LatentDecider(number, rule, policy)
+    if isinstance(policy, Gate):
+        before = [i for i in called if i < lo]
+        watched = before if policy.needs_probe else inside[:1]
+        return GateDecider(number, rule, policy, watched[0], watched[-1]) if watched else None
+    if isinstance(policy, Ranked):
+        return RankedDecider(number, rule, policy)
+    if isinstance(policy, Codebook):
+        if not called:
+            return None
+        place = min(int(policy.block * len(called)), len(called) - 1)
+        return CodebookDecider(number, rule, policy, called[place])
+    if isinstance(policy, Verified):
+        behind = [i for i in called if i >= hi]
+        return VerifiedDecider(number, rule, policy, behind[-1]) if behind else None
+    return None

@@ -1,0 +1,27 @@
+"""Which processes share one sample: statistics are summed over these, and over no others.
+
+Ranks that render different pictures have nothing to do with each other's decisions; ranks that
+split one picture's tokens must decide alike, or they wait for each other for ever.
+"""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+
+def group_of(denoiser: nn.Module) -> Any:
+    """The group of diffusers' context parallelism on `denoiser`, or None where there is none."""
+    config = getattr(getattr(denoiser, "_parallel_config", None), "context_parallel_config", None)
+    mesh = getattr(config, "_flattened_mesh", None)
+    return None if mesh is None else mesh.get_group()
+
+
+def summed(sums: torch.Tensor, group: Any) -> torch.Tensor:
+    """`sums` added up over the ranks of the group."""
+    if group is None:
+        return sums
+    total = sums.clone()
+    dist.all_reduce(total, group=group)
+    return total
