@@ -15,9 +15,11 @@ from blockcache.errors import (
     PlanMismatchError,
     UnsupportedModelError,
 )
-from blockcache.plan import Plan, Recipe, Rule, Site
+from blockcache.plan import Plan, Recipe, Rule, Site, Sparse
 from blockcache.tuning.compare import compare
 from blockcache.tuning.comparison import Comparison
+from blockcache.tuning.trace import trace
+from blockcache.tuning.tune import tune
 
 # from blockcache.tuning.compare import Comparison, compare
 
@@ -32,6 +34,7 @@ __all__ = [
     "Recipe",
     "Rule",
     "Site",
+    "Sparse",
     "UnsupportedModelError",
     "compare",
     "disable",
@@ -40,4 +43,6 @@ __all__ = [
     "plan_for",
     "recipes",
     "summary",
+    "trace",
+    "tune",
 ]

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from blockcache import methods
+from blockcache import methods, sparse
 from blockcache.engine.blocks import Blocks, find_blocks
 from blockcache.engine.hooks import Attachment, attachment_of
 from blockcache.engine.parts import find_parts
@@ -26,6 +26,7 @@ from blockcache.plan import (
     Plan,
     Recipe,
     Site,
+    Sparse,
     Verified,
     even_steps,
     steps_from_sigmas,
@@ -39,7 +40,7 @@ What = str | Path | Recipe | Plan
 _DENOISERS = ("transformer", "transformer_2", "unet", "prior")
 
 
-def enable(target: T, what: What = "balanced", *, scheduler: Any = None) -> T:
+def enable(target: T, what: What = "balanced", *, scheduler: Any = None, group: Any = None) -> T:
     """Make `target` faster from its next call on, at the price of somewhat different pictures.
 
     Enabling again replaces what was enabled before. Nothing is allocated until the first call.
@@ -50,6 +51,10 @@ def enable(target: T, what: What = "balanced", *, scheduler: Any = None) -> T:
             of a plan file.
         scheduler: Only for a denoiser driven by a loop of your own: the scheduler of that loop.
             Pipelines are found without it.
+        group: Only where processes split one sample's tokens in a way of your own: their
+            `torch.distributed` process group. What online rules measure is summed over it, so that
+            all of them decide alike. diffusers' context parallelism is found without it;
+            processes that render samples of their own need none.
 
     Returns:
         `target` itself.
@@ -65,7 +70,9 @@ def enable(target: T, what: What = "balanced", *, scheduler: Any = None) -> T:
             f"scheduler must be a diffusers scheduler (have timesteps), got {scheduler!r:.60}"
         )
     chosen = read(what)
-    prepared = [(model, _runner(model, chosen, scheduler)) for model in denoisers(target).values()]
+    prepared = [
+        (model, _runner(model, chosen, scheduler, group)) for model in denoisers(target).values()
+    ]
     disable(target)
     for model, runner in prepared:
         runner.siblings = [other for _, other in prepared if other is not runner]
@@ -89,9 +96,11 @@ def disable(target: T) -> T:
 
 
 @contextmanager
-def enabled(target: T, what: What = "balanced", *, scheduler: Any = None) -> Iterator[T]:
+def enabled(
+    target: T, what: What = "balanced", *, scheduler: Any = None, group: Any = None
+) -> Iterator[T]:
     """`enable` for the length of a `with` block; afterwards `disable`, whatever happened."""
-    enable(target, what, scheduler=scheduler)
+    enable(target, what, scheduler=scheduler, group=group)
     try:
         yield target
     finally:
@@ -179,9 +188,11 @@ def read(what: What) -> Recipe | Plan:
         return preset(what)
     if what in methods.names():
         return methods.by_name(what)
+    if what in sparse.names():
+        return Recipe(name=what, sparse=Sparse(sparse.by_name(what)))
     if what.endswith(".json") or "/" in what:
         return Plan.load(what)
-    known = ", ".join((*BUDGETS, *methods.names()))
+    known = ", ".join((*BUDGETS, *methods.names(), *sparse.names()))
     raise PlanError(f"unknown preset or recipe {what!r} (known: {known}; or a plan file *.json)")
 
 
@@ -208,7 +219,7 @@ def is_compiled_whole(target: Any, model: nn.Module) -> bool:
     return is_wrapped or model._compiled_call_impl is not None
 
 
-def _runner(model: nn.Module, chosen: Recipe | Plan, scheduler: Any) -> Runner:
+def _runner(model: nn.Module, chosen: Recipe | Plan, scheduler: Any, group: Any) -> Runner:
     if getattr(model, "is_cache_enabled", False):
         raise UnsupportedModelError(
             f"{type(model).__name__} has diffusers' own cache enabled; call disable_cache() first"
@@ -218,7 +229,7 @@ def _runner(model: nn.Module, chosen: Recipe | Plan, scheduler: Any) -> Runner:
         chosen.fingerprint.check(fingerprint(model, blocks))
     recipe = chosen.recipe if isinstance(chosen, Plan) else chosen
     check_sites(recipe, blocks)
-    return Runner(model, blocks, recipe, scheduler)
+    return Runner(model, blocks, recipe, scheduler, group)
 
 
 def check_sites(recipe: Recipe, blocks: Blocks) -> None:
@@ -227,7 +238,9 @@ def check_sites(recipe: Recipe, blocks: Blocks) -> None:
     Raises:
         PlanError: a site outside the model, of a kind not available, or a gate without a probe.
     """
+    layout = Layout((len(blocks),), blocks.unet)
     for rule in recipe.rules:
+        rule.site.check(layout)
         lo, hi = rule.site.limits(len(blocks))
         if rule.site.is_sub_layer:
             _check_parts(rule.site, blocks)

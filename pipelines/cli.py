@@ -1,6 +1,7 @@
 """The command `blockcache`. Exit codes: 0 done, 1 failed, 2 bad input (one line on stderr)."""
 
 import contextlib
+import importlib
 import inspect
 import json
 import logging
@@ -18,10 +19,27 @@ from blockcache.errors import BlockCacheError
 
 FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
 _MAX_PROMPT_BYTES = 8 * 2**20
+# Commands with files of their own, loaded when they are asked for.
+_ELSEWHERE = {
+    "generate": "blockcache.pipelines.generate.cli",
+    "trace": "blockcache.pipelines.trace_cli",
+    "tune": "blockcache.pipelines.tune_cli",
+}
 
 
 class OneLineErrors(click.Group):
     """A group whose errors are one line each; tracebacks only with --debug."""
+
+    def list_commands(self, context: click.Context) -> list[str]:
+        """The names of all commands."""
+        return sorted([*super().list_commands(context), *_ELSEWHERE])
+
+    def get_command(self, context: click.Context, name: str) -> click.Command | None:
+        """The command of that name."""
+        if name not in _ELSEWHERE:
+            return super().get_command(context, name)
+        command: click.Command = importlib.import_module(_ELSEWHERE[name]).command
+        return command
 
     def main(self, args: Sequence[str] | None = None, *rest: Any, **extra: Any) -> Any:
         """Run a command and leave with its exit code."""
@@ -273,20 +291,14 @@ def models() -> None:
 @_debug_option
 def recipes() -> None:
     """List presets and recipes with their settings."""
-    from blockcache import methods
     from blockcache.methods.presets import BUDGETS
+    from blockcache.pipelines import recipe_table
 
     presets = [(word, f"{share:.0%} of the steps computed") for word, share in BUDGETS.items()]
     _show("Presets", ("name", "what"), presets)
-    rows = [_recipe_row(name, methods.function(name)) for name in methods.names()]
-    _show("Recipes", ("name", "what", "settings"), rows)
-
-
-def _recipe_row(name: str, make: Callable[..., Any]) -> tuple[str, str, str]:
-    about = inspect.getdoc(sys.modules[make.__module__]) or ""
-    parameters = inspect.signature(make).parameters.values()
-    settings = ", ".join(f"{p.name}={p.default}" for p in parameters)
-    return name, about.split("\n\n")[0].replace("\n", " "), settings
+    rows = recipe_table.rows()
+    _show("Recipes", recipe_table.COLUMNS, [row.cells() for row in rows])
+    _show("Settings", ("recipe", "settings"), [(row.name, row.settings) for row in rows])
 
 
 @main.command()

@@ -1,15 +1,17 @@
 """The state of one branch of one run: histories, streaks, and who does what in a forward."""
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
+from blockcache.engine import signals
 from blockcache.engine.blocks import Blocks
 from blockcache.engine.deciding import Decider, GateDecider, decider_for
+from blockcache.engine.geometry import Arrangement
 from blockcache.engine.parts import Cell, Seen
 from blockcache.engine.stats import BranchStats
 from blockcache.engine.wiring import Port, Wiring, bind, leaf_at
@@ -46,6 +48,8 @@ class Unit:
     keeps_extras: bool
     history: deque[Anchor]
     streak: int = 0
+    """Steps since it was computed."""
+    needs_input: ClassVar[bool] = True
 
     def covers(self, index: int) -> bool:
         """Whether block `index` is part of the unit."""
@@ -54,6 +58,10 @@ class Unit:
     def contains(self, other: "Unit") -> bool:
         """Whether all of `other` is part of the unit."""
         return self.first <= other.first and other.last <= self.last
+
+    def cuts(self, index: int) -> bool:
+        """Whether the unit goes on behind block `index`, which is part of it."""
+        return self.first <= index < self.last
 
     def crosses(self, other: "Unit") -> bool:
         """Whether the two overlap and neither contains the other."""
@@ -75,6 +83,19 @@ class Role:
     skip: Unit | None
 
 
+@dataclass(frozen=True)
+class Course:
+    """Who does what in a forward that reuses certain units.
+
+    roles: by block number. skipped: the blocks that are not called. computed: numbers of the units
+    that are called as a whole, with true inputs and outputs.
+    """
+
+    roles: dict[int, Role]
+    skipped: frozenset[int]
+    computed: frozenset[int]
+
+
 @dataclass(eq=False)
 class Branch:
     """One branch of one run. It begins unwired: its first forward is computed and watched."""
@@ -88,13 +109,15 @@ class Branch:
     """Form and step of the last call."""
     latents: torch.Tensor | None = None
     """What the denoiser got in the last call."""
+    arrangement: Arrangement | None = None
+    """Where its tokens lie, if a rule wants to know and it is known."""
     units: list[Unit] = field(default_factory=list)
     cells: list[Cell] = field(default_factory=list)
     deciders: list[Decider] = field(default_factory=list)
     is_layered: bool = False
-    """Whether units overlap, so that one may be skipped while another one is due."""
-    _roles: dict[frozenset[int], dict[int, Role]] = field(default_factory=dict)
-    _skipped: dict[frozenset[int], frozenset[int]] = field(default_factory=dict)
+    """Whether sites overlap, so that one may be skipped while another one is due."""
+    _cells_of: dict[int | None, tuple[int, ...]] = field(default_factory=dict)
+    _courses: dict[frozenset[int], Course] = field(default_factory=dict)
     _alike: dict[int, bool] = field(default_factory=dict)
     _tables: dict[tuple[int, str], torch.Tensor] = field(default_factory=dict)
 
@@ -102,7 +125,7 @@ class Branch:
         """Lay the rules out on what was seen. Returns why a site had to be left out, if any."""
         self.wiring = wiring
         self.units, self.cells, self.deciders = [], [], []
-        self._roles, self._skipped, self._alike = {}, {}, {}
+        self._courses, self._alike = {}, {}
         layout = Layout(wiring.chains, self.blocks.unet)
         refused: list[str] = []
         for number, rule in enumerate(self.recipe.rules):
@@ -110,7 +133,7 @@ class Branch:
             if decider is not None:
                 self.deciders.append(decider)
             if rule.site.is_sub_layer or rule.site.scope == "model":
-                self.cells += self._cells(number, rule, seen)
+                refused += self._add_cells(number, rule, seen)
                 continue
             pieces = rule.site.units(layout)
             for row, (lo, hi) in enumerate(pieces):
@@ -120,10 +143,27 @@ class Branch:
                     refused.append(f"{rule.site.scope} {lo}..{hi}: {why}")
                     continue
                 self.units.append(unit)
-        self.is_layered = any(
-            a.covers(b.first) or b.covers(a.first) for a, b in combinations(self.units, 2)
-        )
+        self.settle()
+        self.is_layered = self._overlap(seen)
         return refused
+
+    def settle(self) -> None:
+        """Take notice that units or cells were left out."""
+        self.deciders = [d for d in self.deciders if self.of_rule(d.number)]
+        self._cells_of, self._courses = {}, {}
+        for number, cell in enumerate(self.cells):
+            self._cells_of[cell.part] = (*self._cells_of.get(cell.part, ()), number)
+
+    def _overlap(self, seen: Sequence[Seen]) -> bool:
+        if any(a.covers(b.first) or b.covers(a.first) for a, b in combinations(self.units, 2)):
+            return True
+        if None in self._cells_of and len(self.reusables) > 1:
+            return True
+        scopes = {self.recipe.rules[cell.rule].site.scope for cell in self.cells}
+        is_nested = "transformer" in scopes and len(scopes) > 1
+        is_shared = len(self._cells_of) < len(self.cells)
+        blocks = {s.part.block for s in seen if s.part is not None and self.cells_of(s.number)}
+        return is_nested or is_shared or any(u.covers(i) for u in self.units for i in blocks)
 
     def _unit(self, number: int, rule: Rule, row: int, rows: int, lo: int, hi: int) -> Unit | None:
         inside = [i for i in self._wired.called if lo <= i < hi]
@@ -145,17 +185,26 @@ class Branch:
                     return f"{self.blocks.blocks[i].path} returns tensors that are no streams"
         return ""
 
-    def _cells(self, number: int, rule: Rule, seen: Sequence[Seen]) -> list[Cell]:
-        history = deque[tuple[Step, Values]]
-        depth = rule.predictor.depth
-        if rule.site.scope == "model":
-            return [Cell(number, 0, 1, None, history(maxlen=depth))]
+    def _add_cells(self, number: int, rule: Rule, seen: Sequence[Seen]) -> list[str]:
+        """Lay a rule out on the calls that were seen. Returns why some had to be left out."""
         lo, hi = rule.site.limits(len(self.blocks))
-        parts = [s.part for s in seen if s.scope == rule.site.scope and lo <= s.part.block < hi]
-        return [
-            Cell(number, row, len(parts), part.number, history(maxlen=depth))
-            for row, part in enumerate(parts)
+        inside = [s for s in seen if s.scope == rule.site.scope and s.is_within(lo, hi)]
+        times = Counter(s.number for s in inside)
+        calls: list[int | None] = []
+        refused: list[str] = []
+        for s in inside:
+            twice = f"{s.name} is called more than once in a step" if times[s.number] > 1 else ""
+            why = twice or s.objection()
+            if why:
+                refused.append(f"{rule.site.scope}: {why}")
+            else:
+                calls.append(s.number)
+        depth = rule.predictor.depth
+        self.cells += [
+            Cell(number, row, len(calls), part, deque(maxlen=depth))
+            for row, part in enumerate(calls)
         ]
+        return refused
 
     @property
     def _wired(self) -> Wiring:
@@ -193,9 +242,13 @@ class Branch:
         """The list that a unit's blocks are in."""
         return self.blocks.blocks[part.first].group if isinstance(part, Unit) else ""
 
-    def cell(self, part: int | None) -> int | None:
-        """The number of a part's cell (None: the denoiser's), if it has one; the first rule's."""
-        return next((i for i, cell in enumerate(self.cells) if cell.part == part), None)
+    def cells_of(self, part: int | None) -> tuple[int, ...]:
+        """The numbers of a part's cells (None: the denoiser's), in the order of their rules."""
+        return self._cells_of.get(part, ())
+
+    def reused_cell(self, part: int | None, reused: frozenset[int]) -> Cell | None:
+        """The cell that stands for a part's call when the cells numbered in `reused` are reused."""
+        return next((self.cells[i] for i in self.cells_of(part) if i in reused), None)
 
     def compatible(self, wanted: set[int]) -> frozenset[int]:
         """Of overlapping units neither of which contains the other, only the earlier rule's."""
@@ -206,37 +259,42 @@ class Branch:
                 kept.append(number)
         return frozenset(kept)
 
+    def course(self, reused: frozenset[int]) -> Course:
+        """Who does what when exactly the units numbered in `reused` are reused."""
+        if reused not in self._courses:
+            self._courses[reused] = self._make_course([self.units[i] for i in sorted(reused)])
+        return self._courses[reused]
+
     def roles(self, reused: frozenset[int]) -> dict[int, Role]:
         """Roles by block number when exactly the units numbered in `reused` are reused."""
-        if reused not in self._roles:
-            self._roles[reused] = self._make_roles([self.units[i] for i in sorted(reused)])
-        return self._roles[reused]
+        return self.course(reused).roles
 
-    def skipped(self, reused: frozenset[int]) -> frozenset[int]:
-        """The blocks that are skipped when exactly the units numbered in `reused` are reused."""
-        roles = self.roles(reused)
-        if reused not in self._skipped:
-            self._skipped[reused] = frozenset(i for i, role in roles.items() if role.skip)
-        return self._skipped[reused]
-
-    def _make_roles(self, reused: Sequence[Unit]) -> dict[int, Role]:
+    def _make_course(self, reused: Sequence[Unit]) -> Course:
         skipping = {i: self._outermost(i, reused) for i in self._wired.called}
-        active: list[Unit | Decider] = [u for u in self.units if self._is_active(u, reused)]
-        looking = [d for d in self.deciders if d.first <= d.last]
-        asking = [d for d in looking if d.at_entry]
-        active += [d for d in looking if not d.at_entry and self._is_looked_at(d, reused)]
+        computed = frozenset(i for i, u in enumerate(self.units) if self._is_active(u, reused))
+        looking = [d for d in self.deciders if self._is_looked_at(d, reused)]
+        active: list[Unit | Decider] = [self.units[i] for i in sorted(computed)]
+        active += [d for d in looking if not d.at_entry]
         roles = {}
         for i in self._wired.called:
-            ask = tuple(d for d in asking if d.first == i)
-            enter = tuple(u for u in active if u.first == i)
-            leave = tuple(u for u in active if u.last == i)
+            ask = tuple(d for d in looking if d.at_entry and d.first == i)
+            enter = tuple(part for part in active if part.first == i)
+            leave = tuple(part for part in active if part.last == i)
             if ask or enter or leave or skipping[i]:
                 roles[i] = Role(ask, enter, leave, skipping[i])
-        return roles
+        return Course(roles, frozenset(i for i, u in skipping.items() if u), computed)
 
-    @staticmethod
-    def _is_looked_at(decider: Decider, reused: Sequence[Unit]) -> bool:
-        return not any(unit.covers(decider.first) for unit in reused)
+    def _is_looked_at(self, decider: Decider, reused: Sequence[Unit]) -> bool:
+        """Whether a decider's blocks carry true values, and its site is not another rule's."""
+        if decider.first > decider.last:
+            return False
+        others = [unit for unit in reused if unit.rule != decider.number]
+        # What enters a rule's own site is there to be seen even if the site is skipped.
+        hiding = others if decider.at_entry else reused
+        if any(h.covers(decider.first) or h.cuts(decider.last) for h in hiding):
+            return False
+        own = [unit for unit in self.units if unit.rule == decider.number]
+        return not all(any(other.contains(unit) for other in others) for unit in own)
 
     @staticmethod
     def _outermost(index: int, reused: Sequence[Unit]) -> Unit | None:
@@ -304,23 +362,22 @@ class Branch:
             )
         return values
 
-    def replaced(
-        self, unit: Unit, at: Step, entered: Values, output: Any, computed: Sequence[bool]
-    ) -> Any:
-        """A computed unit's output with the prediction for the samples that are not `computed`."""
+    def mixed(self, unit: Unit, at: Step, entered: Values, output: Any, rows: signals.Rows) -> Any:
+        """A computed unit's output with the prediction for the samples that are not in `rows`."""
         port = self._wired.ports[unit.last]
         predicted = self.predict(unit, at, entered)
         values = {}
         for name, path in (port.outputs | port.extras).items():
             fresh = leaf_at(output, path)
-            if not isinstance(fresh, torch.Tensor):
-                continue
-            if name in predicted and len(fresh) == len(computed):
-                keep = torch.tensor(computed, device=fresh.device)
-                keep = keep.view(-1, *(1,) * (fresh.dim() - 1))
-                fresh = torch.where(keep, fresh, predicted[name])
-            values[name] = fresh
+            if isinstance(fresh, torch.Tensor):
+                values[name] = signals.chosen_rows(fresh, predicted.get(name), rows)
         return port.build(values)
+
+    @staticmethod
+    def mixed_payload(unit: Unit, payload: Values, rows: signals.Rows) -> Values:
+        """A fresh payload with the last one of the samples that are not in `rows`."""
+        last = unit.history[0].payload
+        return {name: signals.chosen_rows(x, last.get(name), rows) for name, x in payload.items()}
 
     def predict_cell(self, cell: Cell, at: Step, entered: torch.Tensor | None) -> Any:
         """The output of a reused call at step `at`."""
@@ -345,20 +402,30 @@ class Branch:
         base: torch.Tensor | None,
     ) -> torch.Tensor:
         """`base + sum_j w_j y_j`, with the predictor's scale and shift where it has them."""
-        table = self._table(rule, name, history[0])
-        if table is None and not any(isinstance(w, torch.Tensor) for w in weights):
+        affine = self.affine(rule, unit, name, at, history[0])
+        if affine is None and not any(isinstance(w, torch.Tensor) for w in weights):
             combined: torch.Tensor = linear_combine(history, weights, base)
             return combined
         total = torch.zeros_like(history[0], dtype=torch.float32)
         for weight, payload in zip(weights, history, strict=True):
             total += weight * payload
-        if table is not None:
-            step = min(at.index * table.shape[1] // at.total, table.shape[1] - 1)
-            scale, shift = table[min(unit.row, len(table) - 1), step]
+        if affine is not None:
+            scale, shift = affine
             total = total * scale + shift
         if base is not None:
             total += base
         return total.to(history[0].dtype if base is None else base.dtype)
+
+    def affine(
+        self, rule: Rule, unit: Unit | Cell, name: str, at: Step, like: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Scale and shift `[channels]` for a stream of a reused unit, if its predictor has them."""
+        table = self._table(rule, name, like)
+        if table is None:
+            return None
+        step = min(at.index * table.shape[1] // at.total, table.shape[1] - 1)
+        scale, shift = table[min(unit.row, len(table) - 1), step]
+        return scale, shift
 
     def _table(self, rule: Rule, name: str, like: torch.Tensor) -> torch.Tensor | None:
         """Scales and shifts of a stream, `[units, steps, 2, channels]`, on its device."""
@@ -376,13 +443,11 @@ class Branch:
         self, rule: Rule, number: int, at: Step, steps: Sequence[Step]
     ) -> Sequence[float | torch.Tensor]:
         """The predictor's weights, newest first; DiCache's are on the device."""
-        ratio = next((d.ratio for d in self._gates() if d.number == number), None)
-        if isinstance(rule.predictor, ProbeRatio) and ratio is not None and len(steps) > 1:
-            return (ratio, 1.0 - ratio)
+        if isinstance(rule.predictor, ProbeRatio) and len(steps) > 1:
+            gate = next(d for d in self.deciders if d.number == number)
+            if isinstance(gate, GateDecider) and gate.ratio is not None:
+                return (gate.ratio, 1.0 - gate.ratio)
         return rule.predictor.weights(at, steps)
-
-    def _gates(self) -> list[GateDecider]:
-        return [d for d in self.deciders if isinstance(d, GateDecider)]
 
     def weights(self, unit: Unit, at: Step) -> tuple[float, ...]:
         """The predictor's weights over the unit's history, newest first."""

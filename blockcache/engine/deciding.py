@@ -15,6 +15,7 @@ import torch
 
 from blockcache.engine import signals
 from blockcache.engine.groups import summed
+from blockcache.kernels.linear_combine import linear_combine
 from blockcache.plan.forecasts import ProbeRatio
 from blockcache.plan.policies import Codebook, Gate, Ranked, Verified
 from blockcache.plan.recipe import Rule
@@ -33,7 +34,7 @@ class Verdict:
     """What a rule's first branch decided in a step.
 
     asked: what asks for computing, empty to reuse. rows: of a decision per sample, which samples
-    are computed. units: positions of the rule's units that are computed, where it is not all.
+    are computed. units: rows of the rule's units that are computed, where it is not all.
     """
 
     asked: str
@@ -53,6 +54,8 @@ class Decider:
         self.number, self.rule = number, rule
         self.first, self.last = first, last
         self.at_entry = False
+        self.needs_input = True
+        """Whether what enters `first` has to be copied for it."""
         self.change: torch.Tensor | None = None
         """The last comparison, sums `[samples, n]`, still on the device."""
 
@@ -88,8 +91,24 @@ class Decider:
         return all(len(unit.history) >= depth for unit in self._reusables(branch))
 
     def _forced(self, branch: "Branch", step: Step) -> str:
-        parts = self._reusables(branch)
-        return self.rule.forced(step, parts[0].streak if parts else 0)
+        return self.rule.forced(step, self._streak(branch))
+
+    def _streak(self, branch: "Branch") -> int:
+        """Steps since all of the rule was computed."""
+        return max(part.streak for part in self._reusables(branch))
+
+
+@dataclass
+class _Sample:
+    """What a gate remembers of one sample: changes added up and steps since it was computed."""
+
+    accumulated: float = 0.0
+    streak: int = 0
+
+    def advance(self, change: float, is_computed: bool) -> None:
+        """One step on."""
+        self.accumulated = 0.0 if is_computed else self.accumulated + change
+        self.streak = 0 if is_computed else self.streak + 1
 
 
 class GateDecider(Decider):
@@ -100,11 +119,12 @@ class GateDecider(Decider):
         super().__init__(number, rule, first, last)
         self.gate = gate
         self.at_entry = not gate.needs_probe
+        self.needs_input = gate.signal == "first_block" or isinstance(rule.predictor, ProbeRatio)
         self.reference: torch.Tensor | None = None
         self.residuals: deque[torch.Tensor] = deque(maxlen=2)
         """Of the probe at the computed steps, newest first, where the predictor wants them."""
         self.ratio: torch.Tensor | None = None
-        self._accumulated: list[float] = []
+        self._samples: list[_Sample] = []
 
     def before(self, run: "Run", branch: "Branch", step: Step) -> Verdict | None:
         """What the first branch decided, if this one can follow."""
@@ -130,17 +150,18 @@ class GateDecider(Decider):
         self._renew(verdict, current, residual)
         return verdict
 
-    def first_look(self, run: "Run", forward: "Forward", entered: Values, output: Any) -> None:
-        """The branch's first forward, which is computed in any case."""
+    def look(self, run: "Run", forward: "Forward", entered: Values, output: Any) -> None:
+        """Measure in a forward that is computed in any case."""
         current = self._signal(run, forward, entered, output)
-        self._renew(Verdict("first step"), current, self._residual(forward, entered, output))
+        self._samples = []
+        self._renew(Verdict("computed"), current, self._residual(forward, entered, output))
 
     def drop(self) -> None:
         """Forget the reference."""
         super().drop()
         self.reference = self.ratio = None
         self.residuals.clear()
-        self._accumulated = []
+        self._samples = []
 
     def tensors(self) -> list[torch.Tensor]:
         """The reference and the probe's residuals."""
@@ -162,8 +183,9 @@ class GateDecider(Decider):
         if seen is None or seen.shape[:-1] != forward.bound[main].shape[:-1]:
             # Blocks that modulate inside themselves: the tokens as they enter.
             seen = forward.bound[main]
-        is_flow = run.steps[0].sigma <= 1.0
-        return signals.filtered(seen, forward.grid, forward.step, is_flow, self.gate.falloff)
+        # Flow matching's timestep is its noise level.
+        is_flow = abs(run.steps[0].sigma - run.steps[0].noise_time) < 0.01
+        return signals.filtered(seen, branch.arrangement, forward.step, is_flow, self.gate.falloff)
 
     def _residual(self, forward: "Forward", entered: Values, output: Any) -> torch.Tensor | None:
         if not isinstance(self.rule.predictor, ProbeRatio):
@@ -182,44 +204,45 @@ class GateDecider(Decider):
         if residual is None or len(self.residuals) < 2 or not isinstance(predictor, ProbeRatio):
             return None
         newest, older = self.residuals
-        sums = torch.stack([(residual - older).abs().sum(), (newest - older).abs().sum()])
+        distances = (residual - older, newest - older)
+        sums = torch.stack([d.abs().sum(dtype=torch.float32) for d in distances])
         moved, apart = summed(sums, run.group)
         ratio: torch.Tensor = (moved / apart).nan_to_num(1.0)
         return ratio.clamp(predictor.least, predictor.most)
 
     def _following(self, run: "Run", forward: "Forward") -> Verdict:
-        verdict = run.verdicts[self.number]
-        reused = forward.branch.numbers_of(self.number) <= forward.reused
-        if reused or any(unit in forward.partly for unit in forward.branch.units):
-            return verdict
+        own = forward.branch.numbers_of(self.number)
+        is_partly = any(forward.branch.units[number] in forward.partly for number in own)
+        if own <= forward.reused or is_partly:
+            return run.verdicts[self.number]
         return Verdict("first branch")
 
     def _decided(self, run: "Run", branch: "Branch", step: Step) -> Verdict:
         """The one host read of the step."""
-        rows = self._changes(run, branch)
+        changes = self._changes(run, branch)
+        if len(self._samples) != len(changes):
+            self._samples = [_Sample() for _ in changes]
+        verdict = self._verdict(branch, step, changes)
+        computed = verdict.rows or (bool(verdict.asked),) * len(changes)
+        for sample, change, is_computed in zip(self._samples, changes, computed, strict=True):
+            sample.advance(change, is_computed)
+        return verdict
+
+    def _verdict(self, branch: "Branch", step: Step, changes: Sequence[float]) -> Verdict:
         asked = self._forced(branch, step)
         if not asked and (self.change is None or not self._has_history(branch)):
             asked = "no history"
-        if len(self._accumulated) != len(rows):
-            self._accumulated = [0.0] * len(rows)
-        computing = [
-            self.gate.should_compute(change, before)
-            for change, before in zip(rows, self._accumulated, strict=True)
+        if asked:
+            return Verdict(asked)
+        reasons = [
+            "threshold"
+            if self.gate.should_compute(change, sample.accumulated)
+            else self.rule.forced(step, sample.streak)
+            for change, sample in zip(changes, self._samples, strict=True)
         ]
-        is_split = any(computing) and not all(computing)
-        if not asked and self.gate.batch == "sample" and is_split:
-            self._advance(rows, computing)
-            return Verdict("", tuple(computing))
-        if not asked and any(computing):
-            asked = "threshold"
-        self._advance(rows, [bool(asked)] * len(rows))
-        return Verdict(asked)
-
-    def _advance(self, rows: Sequence[float], computing: Sequence[bool]) -> None:
-        self._accumulated = [
-            0.0 if computes else before + change
-            for change, before, computes in zip(rows, self._accumulated, computing, strict=True)
-        ]
+        if self.gate.batch == "sample" and any(reasons) and not all(reasons):
+            return Verdict("", tuple(map(bool, reasons)))
+        return Verdict(next(filter(None, reasons), ""))
 
     def _changes(self, run: "Run", branch: "Branch") -> list[float]:
         """The change of each sample. Joint branches count the others' of the step before, too."""
@@ -256,8 +279,7 @@ class GateDecider(Decider):
         if verdict.asked or self.gate.reference == "previous" or self.reference is None:
             self.reference = current
         elif verdict.rows and current is not None:
-            computed = torch.tensor(verdict.rows, device=current.device)
-            self.reference[computed] = current[computed]
+            self.reference = signals.chosen_rows(current, self.reference, verdict.rows)
 
 
 class LatentDecider(GateDecider):
@@ -266,18 +288,18 @@ class LatentDecider(GateDecider):
     def __init__(self, number: int, rule: Rule, gate: Gate) -> None:
         """Look at no block."""
         super().__init__(number, rule, gate, 0, -1)
-        self._previous: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._previous: torch.Tensor | None = None
         self._computed: tuple[torch.Tensor, torch.Tensor] | None = None
-        self._gain: torch.Tensor | None = None
+        self._gain: tuple[torch.Tensor, ...] | None = None
+        """Sizes of the output's change, of the latents' change and of the output."""
+        self._is_split = False
 
     def before(self, run: "Run", branch: "Branch", step: Step) -> Verdict | None:
         """Decide from the latents alone."""
         self.change = None
-        if self._gain is not None and self._previous is not None and branch.latents is not None:
-            latents, output = self._previous
-            moved = (branch.latents - latents).abs().sum()
-            size = torch.stack([moved, output.abs().sum()])
-            self.change = torch.cat([self._gain, size])[None].float()
+        latents, previous = branch.latents, self._previous
+        if latents is not None and previous is not None and self._gain is not None:
+            self.change = torch.stack([*self._gain, self._sizes(latents - previous)], dim=1)
         if self.follows(run):
             verdict = run.verdicts[self.number]
             has_what_it_takes = self._has_history(branch) and not self._forced(branch, step)
@@ -286,29 +308,35 @@ class LatentDecider(GateDecider):
         return run.verdicts[self.number]
 
     def value(self, row: Sequence[float]) -> float:
-        """Gain times the latents' change, over the size of the last output."""
-        output_change, latent_change, moved, size = row
+        """Gain times the latents' change, over the size of the last computed output."""
+        output_change, latent_change, size, moved = row
         if latent_change <= 0 or size <= 0:
             return float("nan")
         return self.gate.rescaled(output_change / latent_change * moved / size)
 
     def pair(self, sums: torch.Tensor) -> torch.Tensor:
         """(estimated change, size) of the output."""
-        return torch.stack([sums[0, 0] / sums[0, 1] * sums[0, 2], sums[0, 3]])
+        output_change, latent_change, size, moved = sums.sum(0).unbind()
+        return torch.stack([output_change / latent_change * moved, size])
 
     def finished(self, run: "Run", forward: "Forward", output: Any) -> None:
-        """Keep latents and output, and at computed steps the gain."""
-        result, latents = signals.main_tensor(output), forward.latents
+        """Keep the latents, and of computed steps the output and the gain."""
+        result, latents = signals.stacked(output), forward.latents
         if result is None or latents is None:
             return
-        result = result.clone()
-        if not forward.cells:
+        self._is_split = self.gate.batch != "mean" and len(result) == len(latents)
+        if not forward.is_whole:
             if self._computed is not None:
                 before, old = self._computed
-                moved = (result - old).abs().sum(), (latents - before).abs().sum()
-                self._gain = torch.stack(moved)
+                tensors = (result - old, latents - before, result)
+                self._gain = tuple(self._sizes(t) for t in tensors)
             self._computed = (latents, result)
-        self._previous = (latents, result)
+        self._previous = latents
+
+    def _sizes(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Sum of magnitudes of each sample, or of all as one."""
+        rows = len(tensor) if self._is_split else 1
+        return tensor.abs().float().reshape(rows, -1).sum(1)
 
     def drop(self) -> None:
         """Forget latents and outputs."""
@@ -317,7 +345,9 @@ class LatentDecider(GateDecider):
 
     def tensors(self) -> list[torch.Tensor]:
         """Latents and outputs."""
-        return [*(self._previous or ()), *(self._computed or ())]
+        latents, output = self._computed or (None, None)
+        held = (latents, output, None if self._previous is latents else self._previous)
+        return [t for t in held if t is not None]
 
 
 class RankedDecider(Decider):
@@ -348,17 +378,30 @@ class RankedDecider(Decider):
     def _ranked(self, run: "Run", branch: "Branch", step: Step) -> frozenset[int]:
         """Lists of blocks (two-stream, one-stream) are ranked for themselves."""
         units = [unit for unit in branch.units if unit.rule == self.number]
-        sums = torch.stack([signals.products(unit) for unit in units])
-        dots = summed(sums, run.group).tolist()
-        similarities = [ab / (aa * bb) ** 0.5 if aa * bb > 0 else 0.0 for ab, aa, bb in dots]
-        groups: dict[str, list[int]] = {}
-        for position, unit in enumerate(units):
-            groups.setdefault(branch.group_of(unit), []).append(position)
+        similarities = self._similarities(run, units)
+        groups: dict[str, list[Unit]] = {}
+        for unit in units:
+            groups.setdefault(branch.group_of(unit), []).append(unit)
         chosen: set[int] = set()
         for members in groups.values():
-            picked = self.policy.chosen(step, [similarities[i] for i in members])
-            chosen |= {members[i] for i in picked}
+            picked = self.policy.chosen(step, [similarities[unit.row] for unit in members])
+            chosen |= {members[i].row for i in picked}
         return frozenset(chosen)
+
+    @staticmethod
+    def _similarities(run: "Run", units: "Sequence[Unit]") -> dict[int, float]:
+        """Cosine similarity of the last two payloads, by row of the unit."""
+        sums = [signals.token_sums(unit) for unit in units]
+        # Of ranks that split the tokens, sums can be added up; their cosines could not.
+        together = summed(torch.cat(sums, dim=1), run.group)
+        dots = [
+            torch.stack([(new * old).sum(), (new * new).sum(), (old * old).sum()])
+            for new, old in together.split([s.shape[1] for s in sums], dim=1)
+        ]
+        return {
+            unit.row: no / (nn * oo) ** 0.5 if nn * oo > 0 else 0.0
+            for unit, (no, nn, oo) in zip(units, torch.stack(dots).tolist(), strict=True)
+        }
 
     def drop(self) -> None:
         """Forget the ranking."""
@@ -394,21 +437,26 @@ class CodebookDecider(Decider):
     def _set_date(self, run: "Run", branch: "Branch") -> None:
         if self.change is None:
             return
-        sums = summed(self.change, run.group)
-        branch.stats.changes.append(sums[0])
-        difference, magnitude = sums[0].tolist()
+        steps = self._at - self._before
+        difference, magnitude = summed(self.change, run.group)[0]
+        per_step = torch.stack([difference / steps, magnitude])
+        branch.stats.changes.append(per_step)
         self.change = None
+        difference, magnitude = per_step.tolist()
         change = difference / magnitude if magnitude > 0 else float("inf")
-        self._due = self._at + self.policy.interval(change / (self._at - self._before))
+        self._due = self._at + self.policy.interval(change)
 
     def passed(
         self, run: "Run", forward: "Forward", entered: Values, output: Any
     ) -> Verdict | None:
-        """Measure; the decision is for the steps to come."""
+        """Measure at the computed steps; the decision is for the steps to come."""
+        if forward.branch.numbers_of(self.number) & forward.reused:
+            return None
         current = signals.residual(forward.branch, self.last, entered, output)
-        if current is not None and self._reference is not None:
+        if self._reference is not None and forward.step.index > self._at:
             self.change = signals.sums(current, self._reference, per_sample=False)
-        self._reference, self._before, self._at = current, self._at, forward.step.index
+            self._before, self._at = self._at, forward.step.index
+        self._reference = current
         return None
 
     def drop(self) -> None:
@@ -429,17 +477,19 @@ class VerifiedDecider(Decider):
         """Check at `block`, the one behind the site."""
         super().__init__(number, rule, block, block)
         self.policy = policy
+        self.needs_input = False
+        self._is_leading = False
         self._history: deque[tuple[Step, torch.Tensor]] = deque(maxlen=rule.predictor.depth)
 
     def before(self, run: "Run", branch: "Branch", step: Step) -> Verdict | None:
         """Reuse for now."""
-        if self.follows(run) and self._has_history(branch):
+        self._is_leading = not (self.follows(run) and self._has_history(branch))
+        if not self._is_leading:
             return run.verdicts[self.number]
-        parts = self._reusables(branch)
         asked = self._forced(branch, step)
         if not asked and not self._has_history(branch):
             asked = "no history"
-        if not asked and parts and parts[0].streak >= self.policy.most:
+        if not asked and self._streak(branch) >= self.policy.most:
             asked = "longest streak"
         run.verdicts[self.number] = Verdict(asked)
         return run.verdicts[self.number]
@@ -453,9 +503,8 @@ class VerifiedDecider(Decider):
         if not branch.numbers_of(self.number) & forward.reused:
             self._history.appendleft((step, current))
             return None
-        parts = self._reusables(branch)
-        is_first = forward.branch is run.branches[0] or run.recipe.branches == "independent"
-        if not is_first or parts[0].streak < self.policy.least or not self._history:
+        is_due = self._is_leading and self._streak(branch) >= self.policy.least
+        if not is_due or not self._history:
             return None
         error = self._error(run, branch, step, current)
         if not error < self.policy.limit(step):
@@ -465,12 +514,11 @@ class VerifiedDecider(Decider):
 
     def _error(self, run: "Run", branch: "Branch", step: Step, current: torch.Tensor) -> float:
         weights = self.rule.predictor.weights(step, [at for at, _ in self._history])
-        forecast = torch.zeros_like(current)
-        for weight, (_, payload) in zip(weights, self._history, strict=False):
-            forecast.add_(payload, alpha=weight)
-        relative = (current - forecast).abs() / (forecast.abs() + 1e-6)
-        count = torch.tensor(float(relative.numel()), device=relative.device)
-        sums = summed(torch.stack([relative.float().sum(), count]), run.group)
+        payloads = [payload for _, payload in self._history][: len(weights)]
+        forecast = linear_combine(payloads, weights).float()
+        relative = (current.float() - forecast).abs() / (forecast.abs() + 1e-6)
+        count = relative.new_full((), relative.numel())
+        sums = summed(torch.stack([relative.sum(), count]), run.group)
         branch.stats.changes.append(sums)
         total, elements = sums.tolist()
         return float(total / elements)
@@ -490,6 +538,11 @@ def _largest(values: Sequence[float]) -> float:
     return max(values) if all(value == value for value in values) else float("nan")
 
 
+def block_of_codebook(policy: Codebook, called: Sequence[int]) -> int:
+    """The block it looks at, of those that are called."""
+    return called[min(int(policy.block * len(called)), len(called) - 1)]
+
+
 def decider_for(number: int, rule: Rule, branch: "Branch") -> Decider | None:
     """The decider of a rule, or None: it is static, or its blocks are not called here."""
     policy = rule.policy
@@ -498,6 +551,8 @@ def decider_for(number: int, rule: Rule, branch: "Branch") -> Decider | None:
     inside = [i for i in called if lo <= i < hi]
     if isinstance(policy, Gate) and rule.site.scope == "model":
         return LatentDecider(number, rule, policy)
+    if not called:
+        return None
     if isinstance(policy, Gate):
         before = [i for i in called if i < lo]
         watched = before if policy.needs_probe else inside[:1]
@@ -505,10 +560,7 @@ def decider_for(number: int, rule: Rule, branch: "Branch") -> Decider | None:
     if isinstance(policy, Ranked):
         return RankedDecider(number, rule, policy)
     if isinstance(policy, Codebook):
-        if not called:
-            return None
-        place = min(int(policy.block * len(called)), len(called) - 1)
-        return CodebookDecider(number, rule, policy, called[place])
+        return CodebookDecider(number, rule, policy, block_of_codebook(policy, called))
     if isinstance(policy, Verified):
         behind = [i for i in called if i >= hi]
         return VerifiedDecider(number, rule, policy, behind[-1]) if behind else None

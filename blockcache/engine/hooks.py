@@ -137,7 +137,7 @@ class Attachment(_Hook):
         self._remove_inside()
 
     def _remove_inside(self) -> None:
-        for hook in self._inside:
+        for hook in reversed(self._inside):
             hook.remove()
         self._inside = []
 

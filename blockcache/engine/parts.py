@@ -5,8 +5,9 @@ attention projects queries, keys and values) and by the names models give their 
 attention is a cross-attention is seen when it is called.
 """
 
+import inspect
 import re
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -14,8 +15,8 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from blockcache.engine.blocks import Block, Blocks
-from blockcache.engine.wiring import filled, leaves, outline
+from blockcache.engine.blocks import Blocks
+from blockcache.engine.wiring import Gap, filled, is_opaque, leaves, outline
 from blockcache.plan.recipe import Rule
 from blockcache.plan.steps import Step
 
@@ -23,7 +24,9 @@ Values = dict[str, torch.Tensor]
 Kind = Literal["attention", "mlp", "transformer"]
 
 _PROJECTIONS = ({"to_q", "to_k"}, {"to_qkv"}, {"qkv"}, {"to_q", "to_kv"}, {"q_proj", "k_proj"})
-_MLP = re.compile(r"(.*_)?(mlp|ff|ffn|feed_forward|feedforward|moe)(_.*)?\d*$")
+_MLP = re.compile(r"(?!.*norm)(.*_)?(mlp|ff|ffn|feed_forward|feedforward|moe)(_.*)?\d*$")
+_OTHER_TOKENS = ("encoder_hidden_states", "context")
+"""What attentions call the tokens they attend to beside their own."""
 _KINDS: dict[str, Kind] = {
     "attn": "attention",
     "cross": "attention",
@@ -44,18 +47,19 @@ class Part:
 
 
 def find_parts(blocks: Blocks, scopes: Iterable[str]) -> tuple[Part, ...]:
-    """The parts that units of these scopes may be, in the order they are declared."""
+    """The parts that units of these scopes may be, in the order they are declared.
+
+    A module that several blocks share is none: its calls could not be told apart.
+    """
     kinds = {_KINDS[scope] for scope in scopes}
-    found: list[Part] = []
-    for block in blocks:
-        for path, kind, module in _inside(block):
-            if kind in kinds:
-                found.append(Part(len(found), block.index, kind, path, module))
-    return tuple(found)
-
-
-def _inside(block: Block) -> Iterator[tuple[str, Kind, nn.Module]]:
-    yield from _walk(block.path, block.module)
+    inside = [(block, *found) for block in blocks for found in _walk(block.path, block.module)]
+    times = Counter(id(module) for *_, module in inside)
+    wanted = [
+        (block.index, kind, path, module)
+        for block, path, kind, module in inside
+        if kind in kinds and times[id(module)] == 1
+    ]
+    return tuple(Part(number, *found) for number, found in enumerate(wanted))
 
 
 def _walk(path: str, module: nn.Module) -> Iterator[tuple[str, Kind, nn.Module]]:
@@ -78,15 +82,11 @@ def scope_of(part: Part, args: tuple[Any, ...], kwargs: dict[str, Any], output: 
     """
     if part.kind != "attention":
         return part.kind
-    others = kwargs.get("encoder_hidden_states", args[1] if len(args) > 1 else None)
-    own = kwargs.get("hidden_states", args[0] if args else None)
-    is_cross = (
-        isinstance(others, torch.Tensor)
-        and others is not own
-        and others.is_floating_point()
-        and isinstance(output, torch.Tensor)
-    )
-    return "cross" if is_cross else "attn"
+    names = tuple(inspect.signature(type(part.module).forward).parameters)[1:]
+    bound = dict(zip(names, args, strict=False)) | kwargs
+    others = next((bound[name] for name in _OTHER_TOKENS if name in bound), None)
+    is_other = isinstance(others, torch.Tensor) and others is not main_input(args, kwargs)
+    return "cross" if is_other and isinstance(output, torch.Tensor) else "attn"
 
 
 def main_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor | None:
@@ -99,12 +99,40 @@ def main_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor | 
 
 @dataclass(frozen=True)
 class Seen:
-    """A part's call in a watched forward: its scope, what it got and what it put out (copies)."""
+    """A call in a watched forward, of a part or (part None) of the denoiser.
 
-    part: Part
+    scope: of the site it belongs to. entered, output: copies of what it got, where a payload may
+    need it, and of what it put out.
+    """
+
+    part: Part | None
     scope: str
     entered: torch.Tensor | None
     output: Any
+
+    @property
+    def number(self) -> int | None:
+        """The part's number."""
+        return None if self.part is None else self.part.number
+
+    @property
+    def name(self) -> str:
+        """What messages call it."""
+        return "the model" if self.part is None else self.part.path
+
+    def is_within(self, lo: int, hi: int) -> bool:
+        """Whether it is in the blocks lo..hi-1."""
+        return self.part is None or lo <= self.part.block < hi
+
+    def objection(self) -> str:
+        """Why its output cannot be kept, or an empty string."""
+        found = [leaf for _, leaf in leaves(self.output)]
+        strange = next((leaf for leaf in found if is_opaque(leaf)), None)
+        if strange is not None:
+            return f"{self.name} returns a {type(strange).__name__}"
+        if not any(isinstance(leaf, torch.Tensor) for leaf in found):
+            return f"{self.name} returns no tensor"
+        return ""
 
 
 @dataclass(eq=False)
@@ -120,6 +148,7 @@ class Cell:
     part: int | None
     history: "deque[tuple[Step, Values]]"
     streak: int = 0
+    """Steps since it was computed."""
     form: Any = None
 
     @property
@@ -140,10 +169,10 @@ class Cell:
     def base(self, rule: Rule, entered: torch.Tensor | None) -> torch.Tensor | None:
         """What the payload is added to: the input, of a residual of one tensor of its shape."""
         wanted = rule.payload == "residual" and rule.site.scope in ("model", "transformer")
-        tensors = [leaf for _, leaf in leaves(self.form) if getattr(leaf, "shape", None)]
-        if not wanted or entered is None or len(tensors) != 1 or tensors[0].shape != entered.shape:
+        if not wanted or entered is None:
             return None
-        return entered
+        forms = [(leaf.shape, leaf.dtype) for _, leaf in leaves(self.form) if isinstance(leaf, Gap)]
+        return entered if forms == [(entered.shape, entered.dtype)] else None
 
     def built(self, values: Values) -> Any:
         """An output in the form of the computed ones."""

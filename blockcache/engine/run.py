@@ -1,10 +1,12 @@
 """One run of one denoiser in one thread, and one forward in it."""
 
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
+from blockcache.engine.attention import SparseForward, SparseRun
 from blockcache.engine.branch import Branch, Role, Unit, Values
 from blockcache.engine.deciding import Decider, Verdict
 from blockcache.engine.parts import Seen
@@ -35,6 +37,8 @@ class Run:
     objection: str = ""
     """Why the whole run is computed plainly."""
     schedules: dict[tuple[int, int], Schedule | None] = field(default_factory=dict)
+    sparse: SparseRun | None = None
+    """The recipe's sparse rule in this run."""
 
 
 @dataclass
@@ -45,10 +49,9 @@ class Forward:
     branch: Branch
     latents: torch.Tensor | None
     """What the denoiser got; a copy where a rule needs it."""
-    grid: tuple[int, ...] = ()
-    """Frames (of a video), height and width in tokens, where they are known."""
     bound: dict[str, Any] = field(default_factory=dict)
     """Arguments by name of the block that is being entered."""
+    sparse: SparseForward | None = None
     watch: Watch | None = None
     reused: frozenset[int] = frozenset()
     """Numbers of the reused units."""
@@ -56,6 +59,10 @@ class Forward:
     """Numbers of the reused cells."""
     partly: dict[Unit, tuple[bool, ...]] = field(default_factory=dict)
     """Computed units of which only these samples are taken; the others are reused."""
+    unneeded: frozenset[Unit] = frozenset()
+    """Units whose payload no later step looks back on, as far as that is known."""
+    decided: Counter[str] = field(default_factory=Counter)
+    """What decided how often; into the statistics when the forward is done."""
     roles: dict[int, Role] = field(default_factory=dict)
     inputs: dict[Unit | Decider, Values] = field(default_factory=dict)
     open: dict[Unit, Values] = field(default_factory=dict)
@@ -68,5 +75,10 @@ class Forward:
     called: list[int] = field(default_factory=list)
     parts: list[int] = field(default_factory=list)
     """Parts called."""
+    is_whole: bool = False
+    """The denoiser's own output is reused."""
+    has_stored: bool = False
     is_rejected: bool = False
     """A verified rule disagreed with its forecast: compute the step after all."""
+    is_retry: bool = False
+    """The same step again, where nothing is reused whatever is measured."""

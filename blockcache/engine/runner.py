@@ -13,9 +13,10 @@ import torch
 from torch import nn
 
 from blockcache.engine import signals
+from blockcache.engine.attention import SparseRun
 from blockcache.engine.blocks import Blocks
 from blockcache.engine.branch import Anchor, Branch, Unit, Values
-from blockcache.engine.deciding import Decider, GateDecider, Verdict
+from blockcache.engine.deciding import Decider, GateDecider, Verdict, block_of_codebook
 from blockcache.engine.groups import group_of
 from blockcache.engine.hooks import Call
 from blockcache.engine.parts import Cell, Seen, find_parts, main_input, scope_of
@@ -23,7 +24,7 @@ from blockcache.engine.run import Forward, Run
 from blockcache.engine.stats import BranchStats, RunStats
 from blockcache.engine.tracker import Tracker, conditioning_of, scheduler_of_caller
 from blockcache.engine.wiring import Watch, Wiring, bind
-from blockcache.plan.policies import Codebook, Gate, MaskTable, StaticPolicy, Verified
+from blockcache.plan.policies import Codebook, Gate, MaskTable, StaticPolicy
 from blockcache.plan.recipe import Recipe, Schedule
 from blockcache.plan.steps import Step
 
@@ -78,9 +79,7 @@ class Runner:
         """In place of the denoiser."""
         forward = self._local.forward = self._begin(args, kwargs)
         try:
-            output = self._whole(forward) if forward is not None else None
-            if output is None:
-                output = inner(*args, **kwargs)
+            output = self._called(forward, inner, args, kwargs)
         except BaseException:
             # What was stored so far may be of mixed steps.
             self._abandon()
@@ -94,24 +93,31 @@ class Runner:
             return inner(*args, **kwargs)
         return output
 
+    def _called(
+        self, forward: Forward | None, inner: Call, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """The denoiser's output, reused as a whole or called for."""
+        output = self._whole(forward) if forward is not None else None
+        return inner(*args, **kwargs) if output is None else output
+
     def _whole(self, forward: Forward) -> Any:
         """The denoiser's own output, if that is what is reused; else None."""
         branch = forward.branch
-        number = branch.cell(None)
-        if number is None or number not in forward.cells:
+        cell = branch.reused_cell(None, forward.cells)
+        if cell is None:
             return None
-        forward.called = list(branch.called)
-        forward.reused = frozenset()
-        return branch.predict_cell(branch.cells[number], forward.step, forward.latents)
+        forward.is_whole = True
+        forward.called, forward.reused = list(branch.called), frozenset()
+        return branch.predict_cell(cell, forward.step, forward.latents)
 
     def _again(
         self, forward: Forward, inner: Call, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """Compute a step whose forecast was rejected at its last block."""
         branch = forward.branch
-        branch.stats.decided["reuse"] -= len(forward.reused)
-        branch.stats.decided["forecast rejected"] += len(forward.reused)
         full = Forward(forward.step, branch, forward.latents, roles=branch.roles(frozenset()))
+        full.sparse, full.is_retry = forward.sparse, True
+        full.decided["forecast rejected"] = len(branch.reusables)
         self._local.forward = full
         try:
             output = inner(*args, **kwargs)
@@ -148,6 +154,8 @@ class Runner:
         if forward is None:
             return inner(*args, **kwargs)
         forward.called.append(index)
+        if forward.sparse is not None:
+            inner = forward.sparse.around(index, inner)
         if forward.watch is not None:
             return self._watched(forward, index, inner, args, kwargs)
         role = forward.roles.get(index)
@@ -157,10 +165,7 @@ class Runner:
             self._ask(forward, role.ask, index, args, kwargs)
             role = forward.roles[index]
         if role.enter:
-            entered = forward.branch.inputs(index, args, kwargs)
-            for part in role.enter:
-                # Copies, for a block may write into its input.
-                forward.inputs[part] = {name: x.clone() for name, x in entered.items()}
+            self._enter(forward, role.enter, index, args, kwargs)
         if role.skip is not None:
             output = self._skip(forward, role.skip, index, inner, args, kwargs)
         else:
@@ -178,40 +183,37 @@ class Runner:
         if forward is None:
             return inner(*args, **kwargs)
         forward.parts.append(number)
-        entered = main_input(args, kwargs)
-        if forward.watch is not None:
-            entered = None if entered is None else entered.clone()
-            output = inner(*args, **kwargs)
-            part = self.parts[number]
-            scope = scope_of(part, args, kwargs, output)
-            forward.seen.append(Seen(part, scope, entered, signals.copied(output)))
-            return output
-        branch = forward.branch
-        cell = branch.cell(number)
-        if cell is None:
-            return inner(*args, **kwargs)
-        if cell in forward.cells:
-            return branch.predict_cell(branch.cells[cell], forward.step, entered)
-        rule = self.recipe.rules[branch.cells[cell].rule]
-        if rule.payload == "residual" and rule.site.scope == "transformer" and entered is not None:
+        part, branch = self.parts[number], forward.branch
+        entered = main_input(args, kwargs) if part.kind == "transformer" else None
+        cell = branch.reused_cell(number, forward.cells)
+        if cell is not None:
+            return branch.predict_cell(cell, forward.step, entered)
+        if entered is not None:
+            # A copy, for the module may write into its input.
             entered = entered.clone()
         output = inner(*args, **kwargs)
-        self._store_cell(forward, branch.cells[cell], entered, output)
+        if forward.watch is not None:
+            scope = scope_of(part, args, kwargs, output)
+            forward.seen.append(Seen(part, scope, entered, signals.copied(output)))
+        for other in branch.cells_of(number):
+            self._store_cell(forward, branch.cells[other], entered, output)
         return output
 
     def _end(self, forward: Forward, output: Any) -> bool:
         """Take stock of a finished forward. False if its output cannot be trusted."""
+        branch = forward.branch
         if forward.watch is not None:
+            forward.seen.append(Seen(None, "model", forward.latents, output))
             self._finish_watch(forward)
-        elif forward.branch.wiring is None or tuple(forward.called) != forward.branch.wiring.called:
+        elif branch.wiring is None or tuple(forward.called) != branch.wiring.called:
             # The model did not call the blocks it called before: what is stored has no use.
             self._drop(self._local.run, "the model did not call the same blocks as before")
-            forward.branch.wiring = None
-            return not forward.reused
-        number = forward.branch.cell(None)
-        if number is not None and number not in forward.cells:
-            self._store_cell(forward, forward.branch.cells[number], forward.latents, output)
-        for decider in forward.branch.deciders:
+            branch.wiring = None
+            return not (forward.reused or forward.cells)
+        elif not forward.is_whole:
+            for number in branch.cells_of(None):
+                self._store_cell(forward, branch.cells[number], forward.latents, output)
+        for decider in branch.deciders:
             decider.finished(self._local.run, forward, output)
         self._account(forward)
         return True
@@ -245,8 +247,11 @@ class Runner:
         group = self._group or group_of(self.denoiser)
         run = Run(self.recipe, self._tracker.steps, RunStats(self._runs), group)
         run.adapter = signals.adapter_state(self.denoiser)
-        if any(rule.site.scope in ("span", "block") for rule in self.recipe.rules):
+        if any(rule.site.scope in ("span", "deep", "block") for rule in self.recipe.rules):
             run.objection = signals.offloading_objection(self.blocks)
+        if self.recipe.sparse is not None:
+            run.sparse = SparseRun(self.recipe.sparse, self.denoiser, self.blocks, self.say)
+            run.stats.attention = run.sparse.stats
         self._local.run = run
         self.last_run = run.stats
         self._remark_on_steps(run)
@@ -254,7 +259,7 @@ class Runner:
 
     def _remark_on_steps(self, run: Run) -> None:
         total = len(run.steps)
-        if self._tracker.scheduled < _FEW_STEPS:
+        if self._tracker.scheduled < _FEW_STEPS and self.recipe.rules:
             self.say(f"a run of {total} steps leaves little to reuse; expect loss without gain")
         for rule in self.recipe.rules:
             if isinstance(rule.policy, MaskTable) and not rule.policy.fits(run.steps):
@@ -282,7 +287,9 @@ class Runner:
             stats = BranchStats(str(number), len(self.blocks))
             run.stats.branches.append(stats)
             self._retire(run, form, step)
-            run.branches.append(Branch(self.recipe, self.blocks, stats))
+            run.branches.append(self._new_branch(stats))
+            if self._needs_grid:
+                run.branches[-1].arrangement = signals.arrangement_of(self.denoiser, named)
         branch = run.branches[number]
         branch.form, branch.step = form, step.index
         latents = signals.latents_of(named, self._names) if self._keeps_latents else None
@@ -292,17 +299,22 @@ class Runner:
         else:
             forward = Forward(step, branch, latents)
             self._choose(run, forward)
-        if self._needs_grid:
-            forward.grid = signals.grid_of(self.denoiser, named)
+        if run.sparse is not None:
+            forward.sparse = run.sparse.forward(number, step, named)
         return forward
+
+    def _new_branch(self, stats: BranchStats) -> Branch:
+        return Branch(self.recipe, self.blocks, stats)
 
     @staticmethod
     def _retire(run: Run, form: Any, step: Step) -> None:
         """Another size is another stage: branches of the old size will not be called again."""
-        for branch in run.branches:
+        for number, branch in enumerate(run.branches):
             is_current = branch.step == step.index
             if not is_current and signals.sizes(branch.form) != signals.sizes(form):
                 branch.drop()
+                if run.sparse is not None:
+                    run.sparse.drop(number)
 
     # ---- deciding ------------------------------------------------------------------------------
 
@@ -320,6 +332,12 @@ class Runner:
                 cells.add(number)
         forward.reused, forward.cells = branch.compatible(units), frozenset(cells)
         forward.roles = branch.roles(forward.reused)
+        forward.unneeded = frozenset(
+            unit
+            for unit in branch.units
+            if isinstance(self.recipe.rules[unit.rule].policy, StaticPolicy)
+            and not self._is_needed(branch, unit, step)
+        )
 
     def _is_reused(
         self,
@@ -335,7 +353,7 @@ class Runner:
         asked = self._schedule(run, part)[part.row][step.index]
         if not asked and not part.history:
             asked = "no history"
-        branch.stats.decided[asked or "reuse"] += 1
+        forward.decided[asked or "reuse"] += 1
         return not asked
 
     def _is_reused_online(
@@ -353,7 +371,7 @@ class Runner:
         is_chosen = part.row in verdict.units
         decides_here = self._decides_before(branch, part.rule)
         if decides_here:
-            branch.stats.decided[verdict.asked or ("ranked" if is_chosen else "reuse")] += 1
+            forward.decided[verdict.asked or ("ranked" if is_chosen else "reuse")] += 1
         return not verdict.asked and not verdict.rows and not is_chosen
 
     @staticmethod
@@ -392,12 +410,13 @@ class Runner:
         run: Run = self._local.run
         branch = forward.branch
         units = branch.numbers_of(decider.number)
-        if isinstance(decider, GateDecider) and not units:
+        if forward.is_retry and isinstance(decider, GateDecider):
+            decider.look(run, forward, entered, output)
             return
         verdict = decider.passed(run, forward, entered, output)
         if verdict is None:
             return
-        branch.stats.decided[verdict.asked or ("reuse" if not verdict.rows else "per sample")] += 1
+        forward.decided[verdict.asked or ("reuse" if not verdict.rows else "per sample")] += 1
         if verdict.rows:
             forward.partly |= {branch.units[number]: verdict.rows for number in units}
         elif not verdict.asked:
@@ -405,6 +424,21 @@ class Runner:
             forward.roles = branch.roles(forward.reused)
 
     # ---- doing ---------------------------------------------------------------------------------
+
+    def _enter(
+        self,
+        forward: Forward,
+        parts: tuple[Unit | Decider, ...],
+        index: int,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> None:
+        """Copy what enters computed units and probes: a block may write into its input."""
+        wanted = [part for part in parts if part not in forward.unneeded and part.needs_input]
+        if wanted:
+            entered = forward.branch.inputs(index, args, kwargs)
+            for part in wanted:
+                forward.inputs[part] = {name: x.clone() for name, x in entered.items()}
 
     def _skip(
         self,
@@ -436,17 +470,23 @@ class Runner:
         branch, rows = forward.branch, forward.partly.get(unit)
         if entered is None:
             return output
+        fresh = output
         if rows is not None:
-            output = branch.replaced(unit, forward.step, entered, output, rows)
+            output = branch.mixed(unit, forward.step, entered, fresh, rows)
         if not self._is_needed(branch, unit, forward.step):
             return output
-        payload = branch.payload(unit, entered, output)
+        payload = branch.payload(unit, entered, fresh)
         if not payload:
             return output
-        if unit.row == 0 and unit.history and rows is None:
+        if rows is not None:
+            payload = branch.mixed_payload(unit, payload, rows)
+        elif unit.row == 0 and unit.history:
             signals.note_drift(branch, unit, forward.step, payload)
+        if unit.history and unit.history[0].step == forward.step:
+            # From the first attempt at a step that is computed again.
+            unit.history.popleft()
         unit.history.appendleft(Anchor(forward.step, payload))
-        self._note_size()
+        forward.has_stored = True
         return output
 
     def _store_cell(
@@ -455,28 +495,42 @@ class Runner:
         if not self._is_needed(forward.branch, cell, forward.step):
             return
         rule = self.recipe.rules[cell.rule]
+        if cell.history and cell.history[0][0] == forward.step:
+            cell.history.popleft()
         cell.history.appendleft((forward.step, cell.values(rule, entered, output)))
-        self._note_size()
-
-    def _note_size(self) -> None:
-        run: Run = self._local.run
-        held = sum(branch.cache_bytes() for branch in run.branches)
-        run.stats.cache_bytes = max(run.stats.cache_bytes, held)
+        forward.has_stored = True
 
     def _is_needed(self, branch: Branch, unit: Unit | Cell, step: Step) -> bool:
         """Whether a later reused step may look back on this one."""
         run: Run = self._local.run
         rule = self.recipe.rules[unit.rule]
-        if not isinstance(rule.policy, StaticPolicy) or branch.is_layered:
+        if not isinstance(rule.policy, StaticPolicy):
             return step.index < len(run.steps) - 1
+        row = self._schedule(run, unit)[unit.row]
         computed_since = 0
-        for asked in self._schedule(run, unit)[unit.row][step.index + 1 :]:
-            if not asked:
+        for index in range(step.index + 1, len(row)):
+            if not row[index]:
                 return True
-            computed_since += 1
+            # A layer over it may be reused at a step that it would be computed in.
+            computed_since += not branch.is_layered or self._is_full(run, branch, index)
             if computed_since >= rule.predictor.depth:
                 return False
         return False
+
+    def _is_full(self, run: Run, branch: Branch, index: int) -> bool:
+        """Whether it is known that everything is computed at step `index`."""
+        return all(
+            isinstance(self.recipe.rules[part.rule].policy, StaticPolicy)
+            and self._schedule(run, part)[part.row][index]
+            for part in branch.reusables
+        )
+
+    def _release_spent(self, run: Run, branch: Branch, step: Step) -> None:
+        """Forget what no later step reuses: a site whose part of the run is over."""
+        for part in branch.reusables:
+            is_static = isinstance(self.recipe.rules[part.rule].policy, StaticPolicy)
+            if is_static and all(self._schedule(run, part)[part.row][step.index + 1 :]):
+                part.history.clear()
 
     def _watched(
         self,
@@ -521,7 +575,7 @@ class Runner:
         for decider in branch.deciders:
             self._store_watched(forward, decider)
         self._store_seen(forward)
-        branch.stats.decided["first step"] += len(branch.units) + len(branch.cells)
+        forward.decided["first step"] += len(branch.reusables)
 
     def _check_rows(self, branch: Branch) -> None:
         """Leave out rules whose table was made for another number of chains or sub-layers."""
@@ -530,14 +584,18 @@ class Runner:
             if isinstance(policy, MaskTable) and len(policy.computed) not in (1, part.rows):
                 branch.units = [unit for unit in branch.units if unit is not part]
                 branch.cells = [cell for cell in branch.cells if cell is not part]
+                branch.settle()
                 what = f"{site.scope} sub-layers" if site.is_sub_layer else "chains of blocks"
                 self.say(
                     f"a rule is left out: its table has {len(policy.computed)} rows "
                     f"and the model {part.rows} {what}"
                 )
         for number, rule in enumerate(self.recipe.rules):
-            if rule.site.is_sub_layer and not branch.of_rule(number):
-                self.say(f"a rule is left out: no {rule.site.scope!r} sub-layer was called")
+            if rule.site.is_sub_layer and not branch.of_rule(number) and not branch.cells:
+                self.say(
+                    f"a rule is left out: no {rule.site.scope!r} sub-layer was called; inside "
+                    "compiled blocks none can be seen, use the site 'block' there"
+                )
 
     def _store_watched(self, forward: Forward, part: Unit | Decider) -> None:
         if part.first not in forward.edges or part.last not in forward.edges:
@@ -551,16 +609,17 @@ class Runner:
             return
         forward.bound = bound
         if isinstance(part, GateDecider):
-            part.first_look(self._local.run, forward, entered, output)
+            part.look(self._local.run, forward, entered, output)
         else:
             part.passed(self._local.run, forward, entered, output)
 
     def _store_seen(self, forward: Forward) -> None:
         """The calls of sub-layers in a branch's first forward."""
         branch = forward.branch
-        for seen in forward.seen:
-            number = branch.cell(seen.part.number)
-            if number is not None:
+        while forward.seen:
+            # One by one, so that the copies made while watching do not all stay.
+            seen = forward.seen.pop()
+            for number in branch.cells_of(seen.number):
                 self._store_cell(forward, branch.cells[number], seen.entered, seen.output)
 
     # ---- accounting ----------------------------------------------------------------------------
@@ -568,18 +627,28 @@ class Runner:
     def _account(self, forward: Forward) -> None:
         run: Run = self._local.run
         branch = forward.branch
+        course = branch.course(forward.reused)
+        parts = {None, *forward.parts}
         for number, unit in enumerate(branch.units):
-            unit.streak = unit.streak + 1 if number in forward.reused else 0
-        for number, cell in enumerate(branch.cells):
-            cell.streak = cell.streak + 1 if number in forward.cells else 0
-        whole = branch.cell(None)
-        is_whole = whole is not None and whole in forward.cells
-        skipped = frozenset(branch.called) if is_whole else branch.skipped(forward.reused)
+            is_computed = number in course.computed and not forward.is_whole
+            unit.streak = 0 if is_computed else unit.streak + 1
+        reused = {branch.cells[number].part for number in forward.cells}
+        for cell in branch.cells:
+            is_computed = cell.part in parts and cell.part not in reused
+            cell.streak = 0 if is_computed else cell.streak + 1
+        skipped = frozenset(branch.called) if forward.is_whole else course.skipped
         branch.stats.record(len(forward.called), skipped)
-        reused = sum(branch.cell(number) in forward.cells for number in forward.parts)
-        branch.stats.record_parts(len(forward.parts), reused)
+        covered = [number for number in forward.parts if branch.cells_of(number)]
+        branch.stats.record_parts(len(covered), sum(number in reused for number in covered))
+        branch.stats.decided += forward.decided
+        if forward.has_stored:
+            held = sum(branch.cache_bytes() for branch in run.branches)
+            run.stats.cache_bytes = max(run.stats.cache_bytes, held)
+        self._release_spent(run, branch, forward.step)
         if forward.step.index == len(run.steps) - 1:
             branch.drop()
+            if run.sparse is not None:
+                run.sparse.drop(run.branches.index(branch))
             if run.calls >= run.calls_before:
                 self._finish(run)
 
@@ -595,7 +664,9 @@ class Runner:
             return
         run.stats.is_finished = True
         is_complete = is_complete or run.step == len(run.steps) - 1
-        if is_complete and not run.stats.reused_anything():
+        if run.sparse is not None:
+            run.sparse.finish()
+        if is_complete and self.recipe.rules and not run.stats.reused_anything():
             self.say(signals.nothing_reused(self.recipe, run.stats))
 
     def _drop(self, run: Run, reason: str) -> None:
@@ -607,6 +678,8 @@ class Runner:
     def _release(run: Run) -> None:
         for branch in run.branches:
             branch.drop()
+        if run.sparse is not None:
+            run.sparse.drop()
 
     def _abandon(self) -> None:
         self._local.forward = None
@@ -628,6 +701,9 @@ class Runner:
 
 def _edges(blocks: Blocks, recipe: Recipe) -> tuple[frozenset[int], frozenset[int]]:
     """Blocks at which a unit or probe may begin and end: list borders and the limits of sites."""
+    rules = [r for r in recipe.rules if not r.site.is_sub_layer and r.site.scope != "model"]
+    if not rules:
+        return frozenset(), frozenset()
     numbers = list(blocks)
     starts = {0}
     ends = {len(numbers) - 1}
@@ -635,11 +711,15 @@ def _edges(blocks: Blocks, recipe: Recipe) -> tuple[frozenset[int], frozenset[in
         if before.group != after.group:
             ends.add(before.index)
             starts.add(after.index)
-    for rule in recipe.rules:
+    for rule in rules:
         lo, hi = rule.site.limits(len(numbers))
-        if rule.site.scope == "block" or isinstance(rule.policy, (Codebook, Verified)):
-            starts |= set(range(len(numbers)))
-            ends |= set(range(len(numbers)))
+        if rule.site.scope == "block":
+            starts |= set(range(lo, hi))
+            ends |= set(range(lo, hi))
         starts.add(lo)
         ends |= {hi - 1, max(lo - 1, 0)}
+        if isinstance(rule.policy, Codebook):
+            looked_at = block_of_codebook(rule.policy, range(len(numbers)))
+            starts.add(looked_at)
+            ends.add(looked_at)
     return frozenset(starts), frozenset(ends)

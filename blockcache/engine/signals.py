@@ -2,16 +2,20 @@
 
 import inspect
 import math
+from collections import Counter
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from blockcache.engine.blocks import Block, Blocks
+from blockcache.engine.geometry import Arrangement, arrange
 from blockcache.engine.stats import SAMPLE, RunStats, ratios, spread
 from blockcache.engine.wiring import is_record, leaf_at, leaves, rebuilt
+from blockcache.errors import PlanError
 from blockcache.kernels.linear_combine import relative_change
-from blockcache.plan.policies import Gate
+from blockcache.plan.policies import Codebook, Gate, Policy, StaticPolicy, Verified
 from blockcache.plan.recipe import Recipe
 from blockcache.plan.steps import Step
 
@@ -19,6 +23,8 @@ if TYPE_CHECKING:
     from blockcache.engine.branch import Branch, Unit
 
 Values = dict[str, torch.Tensor]
+Rows = Sequence[bool]
+"""For each sample whether it is computed."""
 
 _EMBEDDING_NAMES = ("temb", "emb", "time_emb", "timestep_proj", "temb_mod_params", "timestep", "c")
 _LARGEST_SIGMA = 200.0
@@ -83,31 +89,28 @@ def offloading_objection(blocks: Blocks) -> str:
 
 
 def latents_of(named: dict[str, Any], order: tuple[str, ...]) -> torch.Tensor | None:
-    """A copy of what the denoiser works on: its first tensor."""
+    """A copy of what the denoiser works on: its first argument that holds tensors."""
     for name in (*order, *named):
-        if isinstance(value := named.get(name), torch.Tensor):
-            return value.clone()
+        if (value := stacked(named.get(name))) is not None:
+            return value
     return None
 
 
-def grid_of(denoiser: nn.Module, named: dict[str, Any]) -> tuple[int, ...]:
-    """Height and width (for video frames, height, width) in tokens; empty if unknown."""
-    positions = named.get("img_ids")
-    if isinstance(positions, torch.Tensor):
-        # Position ids of the tokens; one read, and of the same tensor in every step.
-        highest = positions.reshape(-1, positions.shape[-1]).amax(0).tolist()
-        return tuple(int(size) + 1 for size in highest[-2:])
-    latents = next((v for v in named.values() if isinstance(v, torch.Tensor)), None)
-    if latents is None or latents.dim() not in (4, 5):
-        return ()
-    patch = getattr(getattr(denoiser, "config", None), "patch_size", 1) or 1
-    sizes = latents.shape[2:]
-    patches = (
-        tuple(patch)
-        if isinstance(patch, (tuple, list))
-        else (1,) * (len(sizes) - 2) + (patch, patch)
-    )
-    return tuple(size // p for size, p in zip(sizes, patches, strict=True))
+def stacked(value: Any) -> torch.Tensor | None:
+    """A copy of the tensor in a value; of a list of pictures of one size, all of them."""
+    tensors = [leaf for _, leaf in leaves(value) if isinstance(leaf, torch.Tensor)]
+    if not tensors:
+        return None
+    is_list = len(tensors) > 1 and len({(t.shape, t.dtype) for t in tensors}) == 1
+    return torch.stack(tensors) if is_list else tensors[0].clone()
+
+
+def arrangement_of(denoiser: nn.Module, named: dict[str, Any]) -> Arrangement | None:
+    """Where the tokens of a call lie, or None where nobody knows."""
+    try:
+        return arrange(denoiser, named)
+    except PlanError:
+        return None
 
 
 def copied(output: Any) -> Any:
@@ -156,15 +159,15 @@ def modulated(block: Block, main: str, bound: dict[str, Any]) -> torch.Tensor | 
     where neither is found.
     """
     embedding = next((bound[n] for n in _EMBEDDING_NAMES if _is_float(bound.get(n))), None)
-    norm = getattr(block.module, "norm1", None)
-    if norm is None:
-        return embedding
-    taken = tuple(inspect.signature(type(norm).forward).parameters)[1:]
-    known = {**bound, "emb": embedding, "temb": embedding, "hidden_dtype": bound[main].dtype}
-    others = {name: known[name] for name in taken[1:] if known.get(name) is not None}
-    if not {"emb", "temb", "timestep"} & set(others):
-        return embedding
-    return main_tensor(norm(bound[main], **others))
+    norm, tokens = getattr(block.module, "norm1", None), bound[main]
+    # Under offloading the norm may be elsewhere until the block is called.
+    if norm is not None and all(p.device == tokens.device for p in norm.parameters()):
+        taken = tuple(inspect.signature(type(norm).forward).parameters)[1:]
+        known = {**bound, "emb": embedding, "temb": embedding, "hidden_dtype": tokens.dtype}
+        others = {name: known[name] for name in taken[1:] if known.get(name) is not None}
+        if {"emb", "temb", "timestep"} & set(others):
+            return main_tensor(norm(tokens, **others))
+    return None if embedding is None else embedding.clone()
 
 
 def _is_float(value: Any) -> bool:
@@ -172,31 +175,38 @@ def _is_float(value: Any) -> bool:
 
 
 def filtered(
-    tokens: torch.Tensor, grid: tuple[int, ...], step: Step, is_flow: bool, falloff: float
+    tokens: torch.Tensor,
+    arrangement: Arrangement | None,
+    step: Step,
+    is_flow: bool,
+    falloff: float,
 ) -> torch.Tensor | None:
     """Tokens `[B, N, D]` (or a picture `[B, C, H, W]`) with a Wiener filter over their grid.
 
-    SeaCache's (2602.18993): the gain a S / (a^2 S + b^2) of each axis, S = |f|^-falloff, signal a
-    and noise b of the step, keeps the frequencies that the noise level has resolved; its mean is
-    made 1. None where the tokens do not fill the grid.
+    SeaCache's (2602.18993): the gain a S / (a^2 S + b^2) of each axis, S = |f|^-falloff with f in
+    cycles per token, signal a and noise b of the step, keeps the frequencies that the noise level
+    has resolved; its mean is made 1. Text beside the tokens is left out. None where it is not known
+    how the tokens lie.
     """
-    if tokens.dim() == 4:
-        picture, axes = tokens.float(), (2, 3)
-    elif tokens.dim() == 3 and grid and math.prod(grid) <= tokens.shape[1]:
-        picture = tokens[:, -math.prod(grid) :].float().unflatten(1, grid)
-        axes = tuple(range(1, 1 + len(grid)))
-    else:
-        return None
+    axes: tuple[int, ...] = (2, 3)
+    picture = tokens.float()
+    if tokens.dim() != 4:
+        place = arrangement.fit(tokens.shape[1]) if arrangement and tokens.dim() == 3 else None
+        if place is None:
+            return None
+        axes = (1, 2, 3)
+        grid = (place.frames, place.height, place.width)
+        picture = picture[:, place.before : place.before + place.video].unflatten(1, grid)
     spectrum = torch.fft.rfftn(picture, dim=axes)
     signal, noise = _signal_and_noise(step, is_flow)
     for axis in axes:
-        size = picture.shape[axis]
-        places = torch.fft.rfftfreq(size) if axis == axes[-1] else torch.fft.fftfreq(size)
-        power = (places.abs() * size).clamp(min=1.0) ** -falloff
-        gain = signal * power / (signal**2 * power + noise**2)
+        # 1 / S in place of S, which is infinite at frequency 0.
+        inverse = torch.fft.fftfreq(picture.shape[axis], dtype=torch.float64).abs() ** falloff
+        gain = signal / (signal**2 + noise**2 * inverse)
+        gain = (gain / gain.mean()).float()[: spectrum.shape[axis]]
         shape = [1] * spectrum.dim()
         shape[axis] = -1
-        spectrum = spectrum * (gain / gain.mean()).to(spectrum.device).view(shape)
+        spectrum = spectrum * gain.to(spectrum.device).view(shape)
     sizes = [picture.shape[axis] for axis in axes]
     result: torch.Tensor = torch.fft.irfftn(spectrum, s=sizes, dim=axes)
     return result
@@ -205,13 +215,13 @@ def filtered(
 def _signal_and_noise(step: Step, is_flow: bool) -> tuple[float, float]:
     """Shares of picture and noise in the latents."""
     if is_flow:
-        return 1.0 - step.sigma, max(step.sigma, 1e-6)
+        return max(1.0 - step.sigma, 1e-6), max(step.sigma, 1e-6)
     if step.sigma < _LARGEST_SIGMA:
         size = math.hypot(1.0, step.sigma)
         return 1.0 / size, step.sigma / size
     # A timestep in place of a noise level: the cosine schedule is near enough.
     angle = step.noise_time * math.pi / 2
-    return math.cos(angle), max(math.sin(angle), 1e-6)
+    return max(math.cos(angle), 1e-6), max(math.sin(angle), 1e-6)
 
 
 def sums(current: torch.Tensor, reference: torch.Tensor, per_sample: bool) -> torch.Tensor:
@@ -223,13 +233,25 @@ def sums(current: torch.Tensor, reference: torch.Tensor, per_sample: bool) -> to
     return torch.stack([relative_change(a, b) for a, b in pairs])
 
 
-def products(unit: "Unit") -> torch.Tensor:
-    """(a.b, a.a, b.b) of the last two payloads: token means of the first eighth of the channels."""
+def chosen_rows(fresh: torch.Tensor, other: torch.Tensor | None, rows: Rows) -> torch.Tensor:
+    """Samples of `fresh` where `rows` says so and of `other` elsewhere, if both have them."""
+    if other is None or other.shape != fresh.shape or len(fresh) != len(rows):
+        return fresh
+    keep = torch.tensor(rows, device=fresh.device).view(-1, *(1,) * (fresh.dim() - 1))
+    return torch.where(keep, fresh, other)
+
+
+def token_sums(unit: "Unit") -> torch.Tensor:
+    """The last two payloads summed over their tokens, newest first, `[2, B * C / 8]`.
+
+    Of the first eighth of the channels: the last dimension of tokens, the second of pictures.
+    """
     name = next(iter(unit.history[0].payload))
-    new, old = (anchor.payload[name] for anchor in (unit.history[0], unit.history[1]))
-    channels = max(1, new.shape[-1] // 8)
-    a, b = (t[..., :channels].float().flatten(1, -2).mean(1) for t in (new, old))
-    return torch.stack([(a * b).sum(), (a * a).sum(), (b * b).sum()])
+    both = torch.stack([anchor.payload[name] for anchor in (unit.history[0], unit.history[1])])
+    if both.dim() > 4:
+        both = both.movedim(2, -1)
+    channels = max(1, both.shape[-1] // 8)
+    return both[..., :channels].float().flatten(2, -2).sum(2).flatten(1)
 
 
 def note_drift(branch: "Branch", unit: "Unit", step: Step, payload: Values) -> None:
@@ -260,14 +282,40 @@ def _sample(tensor: torch.Tensor) -> torch.Tensor:
 
 def nothing_reused(recipe: Recipe, stats: RunStats) -> str:
     """The words for a run that reused nothing, with the numbers seen."""
-    changes = sorted(c for branch in stats.branches for c in ratios(branch.changes))
-    gates = [rule.policy for rule in recipe.rules if isinstance(rule.policy, Gate)]
-    seen = spread(changes)
-    if not gates or seen is None:
+    online = [rule.policy for rule in recipe.rules if not isinstance(rule.policy, StaticPolicy)]
+    if not online:
         return f"the run reused nothing: recipe {recipe.name!r} computed every step"
-    useful = changes[int(0.3 * (len(changes) - 1))]
+    policy = online[0]
+    changes = sorted(c for branch in stats.branches for c in ratios(branch.changes))
+    if isinstance(policy, Gate):
+        changes = sorted(map(policy.rescaled, changes))
+    seen = spread(changes)
+    if seen is None:
+        kind = f"signal {policy.signal!r}" if isinstance(policy, Gate) else type(policy).__name__
+        return f"the run reused nothing: {kind} had nothing to compare; {_deciders(stats)}"
+    what = "forecast errors" if isinstance(policy, Verified) else "changes"
     return (
-        f"the run reused nothing: changes seen {seen['min']:.3g} / {seen['median']:.3g} / "
-        f"{seen['max']:.3g} (min / median / max), threshold {gates[0].threshold:.3g}; "
-        f"a threshold of {useful * 1.001:.3g} would have reused about 30 %"
+        f"the run reused nothing: {what} seen {seen['min']:.3g} / {seen['median']:.3g} / "
+        f"{seen['max']:.3g} (min / median / max), {_advice(policy, changes)}"
     )
+
+
+def _deciders(stats: RunStats) -> str:
+    counts: Counter[str] = Counter()
+    for branch in stats.branches:
+        counts.update(branch.decided)
+    return "decided by " + ", ".join(f"{who} {count}x" for who, count in counts.most_common())
+
+
+def _advice(policy: Policy, changes: Sequence[float]) -> str:
+    useful = changes[int(0.3 * (len(changes) - 1))] * 1.001
+    if isinstance(policy, Gate):
+        allowed = f"threshold {policy.threshold:.3g}"
+        return f"{allowed}; a threshold of {useful:.3g} would have reused about 30 %"
+    if isinstance(policy, Verified):
+        return f"at most {policy.threshold:.3g} is accepted; {useful:.3g} would do for about 30 %"
+    if isinstance(policy, Codebook):
+        longest = [limit for limit, interval in policy.table if interval > 1]
+        least = f"reuses below {longest[-1]:.3g} per step" if longest else "never reuses"
+        return f"the table {least}; {useful:.3g} would do for about 30 %"
+    return f"{type(policy).__name__} computed every unit"

@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from blockcache.engine.attention_stats import AttentionStats
+
 # Changes and drift are estimated on about this many elements of a payload.
 SAMPLE = 1 << 15
 
@@ -40,7 +42,7 @@ class BranchStats:
         self.map.append(skipped)
 
     def record_parts(self, called: int, reused: int) -> None:
-        """Count the sub-layer calls of one finished forward."""
+        """Count one finished forward's calls of the sub-layers that rules are about."""
         self.part_calls += called
         self.parts_reused += reused
 
@@ -71,6 +73,7 @@ class RunStats:
     reasons: Counter[str] = field(default_factory=Counter)
     cache_bytes: int = 0
     is_finished: bool = False
+    attention: AttentionStats | None = None
 
     def reused_anything(self) -> bool:
         """Whether any block or sub-layer call was not done."""

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
+from blockcache.engine.attention_stats import screen
 from blockcache.engine.hooks import Attachment
 from blockcache.engine.runner import COMPILED_WHOLE, Runner
 
@@ -43,6 +44,7 @@ def _figures(name: str, attachment: Attachment) -> dict[str, Any]:
         "branches": branches,
         "cache_bytes": run.cache_bytes if run else 0,
         "skipped_fraction": run.skipped_fraction() if run else 0.0,
+        "attention": run.attention.as_dict() if run and run.attention else None,
         "reasons": reasons,
     }
 
@@ -61,17 +63,26 @@ def _screen(model: dict[str, Any]) -> str:
             f"{branch['name']:6}  {branch['steps']:5}  {branch['computed']:8}  "
             f"{branch['reused']:6}  {seen:23}  {shown}"
         )
-    skipped = f"block calls skipped: {100 * model['skipped_fraction']:.0f} %"
-    lines.append(f"{skipped}   cache {model['cache_bytes'] / 2**20:.2f} MiB   {_shares(model)}")
-    return "\n".join([*lines, *why])
+    shares = _shares(model)
+    if shares:
+        skipped = f"block calls skipped: {100 * model['skipped_fraction']:.0f} %"
+        lines.append(f"{skipped}   cache {model['cache_bytes'] / 2**20:.2f} MiB   {shares}")
+    calls = sum(branch["part_calls"] for branch in model["branches"])
+    if calls:
+        reused = sum(branch["part_calls_reused"] for branch in model["branches"])
+        lines.append(f"sub-layer calls reused: {reused} of {calls} ({100 * reused / calls:.0f} %)")
+    attention = screen(model["attention"]) if model["attention"] else []
+    return "\n".join([*lines, *attention, *why])
 
 
 def _shares(model: dict[str, Any]) -> str:
-    """Which rule decided what share of all decisions."""
+    """Which rule decided what share of all decisions; empty without rules."""
     totals: dict[str, int] = {}
     for branch in model["branches"]:
         for who, count in branch["decided"].items():
             totals[who] = totals.get(who, 0) + count
-    all_of_them = sum(totals.values()) or 1
+    all_of_them = sum(totals.values())
+    if not all_of_them:
+        return ""
     shares = sorted(totals.items(), key=lambda item: -item[1])
     return "decided by: " + ", ".join(f"{w} {100 * c / all_of_them:.0f} %" for w, c in shares)

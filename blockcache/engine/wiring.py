@@ -36,7 +36,12 @@ class Gap:
         return torch.zeros((), dtype=self.dtype, device=self.device).expand(self.shape)
 
 
-_PLAIN = (Gap, bool, int, float, str, type(None))
+_PLAIN = (torch.Tensor, Gap, bool, int, float, str, type(None))
+
+
+def is_opaque(leaf: Any) -> bool:
+    """Whether a leaf is an object of unknown kind, which may hold tensors that nobody sees."""
+    return not isinstance(leaf, _PLAIN)
 
 
 @dataclass(frozen=True)
@@ -259,7 +264,7 @@ class Watch:
         its name then comes from another block of the kind, or from the source.
         """
         call = self._calls[position]
-        opaque = [leaf for _, leaf in leaves(call.form) if not isinstance(leaf, _PLAIN)]
+        opaque = [leaf for _, leaf in leaves(call.form) if is_opaque(leaf)]
         if opaque:
             block, kind = self._blocks[call.index], type(opaque[0]).__name__
             raise ValueError(f"cannot tell which stream is which: {block.path} returns a {kind}")

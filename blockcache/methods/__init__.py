@@ -1,10 +1,12 @@
 """Published methods, one file each.
 
 A file `name.py` defines `name(...) -> Recipe`; nothing else has to be edited for
-`recipes.name(...)`, `enable(pipe, "name")` and the command line to know it.
+`recipes.name(...)`, `enable(pipe, "name")` and the command line to know it. A method that is
+calibrated takes a trace as its first argument, `name(trace, ...)`.
 """
 
 import importlib
+import inspect
 import pkgutil
 from collections.abc import Callable
 
@@ -26,6 +28,17 @@ def names() -> tuple[str, ...]:
     return tuple(sorted(_RECIPES))
 
 
+def needs(name: str) -> tuple[str, ...]:
+    """What recipe `name` cannot be made without: "trace" for one that is calibrated."""
+    parameters = inspect.signature(function(name)).parameters.values()
+    return tuple(p.name for p in parameters if p.default is p.empty)
+
+
+def needs_trace(name: str) -> bool:
+    """Whether recipe `name` is made from a trace of the uncached pipeline."""
+    return "trace" in needs(name)
+
+
 def function(name: str) -> Callable[..., Recipe]:
     """The function that makes recipe `name`.
 
@@ -41,9 +54,15 @@ def by_name(name: str, **settings: object) -> Recipe:
     """Recipe `name` with its defaults, or with `settings` in their place.
 
     Raises:
-        PlanError: no such recipe, unknown setting, or an impossible value.
+        PlanError: no such recipe, unknown setting, an impossible value, or a trace is missing.
     """
     make = function(name)
+    missing = [what for what in needs(name) if what not in settings]
+    if missing == ["trace"]:
+        raise PlanError(
+            f"recipe {name!r} is calibrated: make a trace with blockcache.trace(pipe, prompts) and "
+            f"enable blockcache.recipes.{name}(trace)"
+        )
     try:
         return make(**settings)
     except TypeError as error:

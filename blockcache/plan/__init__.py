@@ -27,6 +27,7 @@ from blockcache.plan.policies import (
 from blockcache.plan.predictors import Copy, Fitted, Predictor, Taylor
 from blockcache.plan.recipe import Recipe, Rule
 from blockcache.plan.sites import Layout, Site
+from blockcache.plan.sparse_rule import Sparse
 from blockcache.plan.steps import Step, even_steps, steps_from_sigmas
 
 __all__ = [
@@ -58,6 +59,7 @@ __all__ = [
     "Rule",
     "ScaleShift",
     "Site",
+    "Sparse",
     "StaticPolicy",
     "Step",
     "Taylor",

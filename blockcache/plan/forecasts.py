@@ -201,7 +201,8 @@ class ChannelTable:
         Raises:
             PlanError: values beyond fp16, or not four dimensions.
         """
-        packed = np.asarray(values).astype("<f2")
+        with np.errstate(over="ignore"):
+            packed = np.asarray(values).astype("<f2")
         if packed.ndim != 4 or not np.isfinite(packed).all():
             raise PlanError("scales and shifts must be finite in fp16 and have four dimensions")
         a, b, c, d = packed.shape

@@ -7,6 +7,13 @@ from pydantic import Field
 from blockcache.plan.spec import Count, spec
 from blockcache.plan.steps import Step
 
+Length = Count | Annotated[float, Field(gt=0, lt=1)]
+"""A number of steps, or a share of the run."""
+
+
+def _steps(length: int | float, total: int) -> float:
+    return length * total if isinstance(length, float) else length
+
 
 class Guard:
     """Base class. A change of shape, stage or expert needs no guard: it always computes."""
@@ -18,24 +25,24 @@ class Guard:
 
 @spec
 class Warmup(Guard):
-    """Compute the first `steps` steps."""
+    """Compute the first `steps` steps, a number or a share of the run."""
 
-    steps: Count = 3
+    steps: Length = 3
 
     def must_compute(self, step: Step, streak: int) -> bool:
         """True in the first steps."""
-        return step.index < self.steps
+        return step.index < _steps(self.steps, step.total)
 
 
 @spec
 class Cooldown(Guard):
-    """Compute the last `steps` steps."""
+    """Compute the last `steps` steps, a number or a share of the run."""
 
-    steps: Count = 1
+    steps: Length = 1
 
     def must_compute(self, step: Step, streak: int) -> bool:
         """True in the last steps."""
-        return step.index >= step.total - self.steps
+        return step.index >= step.total - _steps(self.steps, step.total)
 
 
 @spec

@@ -82,3 +82,38 @@ def _lagrange(nodes: Sequence[float], j: int, x: float) -> float:
         if k != j:
             weight *= (x - other) / (nodes[j] - other)
     return weight
+
+
+@spec
+class Fitted(Predictor):
+    """Weights written down for one mask of one run: what fits and searches produce.
+
+    L2P's learned rows (2604.26365), solved for exactly the steps a plan computes. Where the history
+    is another one (other steps, an anchor lost), it extrapolates as `Taylor(1)`.
+    anchors: for each step of the run the computed steps that its weights belong to, newest first;
+    empty where it is computed. table: those weights.
+    """
+
+    anchors: tuple[tuple[int, ...], ...]
+    table: tuple[tuple[float, ...], ...]
+
+    def __post_init__(self) -> None:
+        """Check that both tables have the same form."""
+        if [len(row) for row in self.anchors] != [len(row) for row in self.table]:
+            raise ValueError("anchors and table must have as many values in every row")
+        for at, row in enumerate(self.anchors):
+            if any(a >= b for a, b in zip(row, (at, *row), strict=False)):
+                raise ValueError(f"the anchors of step {at} must be earlier steps, newest first")
+
+    @property
+    def depth(self) -> int:
+        """As many anchors as its longest row, and the two that linear extrapolation wants."""
+        return max(2, *map(len, self.anchors)) if self.anchors else 2
+
+    def weights(self, at: Step, anchors: Sequence[Step]) -> tuple[float, ...]:
+        """The row of step `at` if it was made for these anchors, else linear extrapolation."""
+        if at.total == len(self.anchors) and self.anchors[at.index]:
+            row = self.anchors[at.index]
+            if tuple(anchor.index for anchor in anchors[: len(row)]) == row:
+                return self.table[at.index]
+        return Taylor(1).weights(at, anchors)

@@ -15,7 +15,8 @@ from blockcache.plan.policies import (
     Verified,
 )
 from blockcache.plan.predictors import Copy, Predictor
-from blockcache.plan.sites import Layout, Site
+from blockcache.plan.sites import Layout, Scope, Site
+from blockcache.plan.sparse_rule import Sparse
 from blockcache.plan.spec import spec
 from blockcache.plan.steps import Step
 
@@ -87,22 +88,34 @@ class Rule:
         return ""
 
 
+def each_sub_layer(
+    policy: Policy, predictor: Predictor | None = None, guards: tuple[Guard, ...] = ()
+) -> tuple[Rule, ...]:
+    """One rule for each kind of sub-layer; a model without cross-attention has no use for its."""
+    how = predictor or Copy()
+    scopes: tuple[Scope, ...] = ("attn", "cross", "mlp")
+    return tuple(Rule(Site(scope), policy, how, guards, "output") for scope in scopes)
+
+
 @spec
 class Recipe:
-    """Rules, tried in order: where two of them cover a block, the earlier one's reuse wins.
+    """What is reused, what attention is thinned out, or both.
 
+    rules: tried in order; where two of them cover a block, the earlier one's reuse wins.
     branches: how the denoiser calls of one step (cond, uncond, ...) decide for online policies.
     "joint": the first call of the step decides for all. "leader": the same, and only its changes
     are measured. "independent": each for itself. State is always kept per branch.
+    sparse: makes the self-attention of computed blocks sparse.
     """
 
-    rules: tuple[Rule, ...]
+    rules: tuple[Rule, ...] = ()
     branches: Branches = "joint"
     name: str = "custom"
+    sparse: Sparse | None = None
 
     def __post_init__(self) -> None:
         """A recipe without rules would silently do nothing."""
-        if not self.rules:
+        if not self.rules and self.sparse is None:
             raise ValueError("a recipe needs at least one rule")
 
     def is_static(self) -> bool:
@@ -117,7 +130,7 @@ class Recipe:
         with_sigmas: write the steps' noise levels into the table; False where they are made up.
         """
         rules = tuple(_written(rule, steps, layout, with_sigmas) for rule in self.rules)
-        return Recipe(rules, self.branches, self.name)
+        return Recipe(rules, self.branches, self.name, self.sparse)
 
 
 def _written(rule: Rule, steps: Sequence[Step], layout: Layout, with_sigmas: bool) -> Rule:

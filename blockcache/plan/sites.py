@@ -6,7 +6,7 @@ from typing import Literal
 from blockcache.errors import PlanError
 from blockcache.plan.spec import spec
 
-Scope = Literal["model", "stack", "span", "block", "transformer", "attn", "cross", "mlp"]
+Scope = Literal["model", "stack", "span", "deep", "block", "transformer", "attn", "cross", "mlp"]
 
 SUB_LAYERS = ("transformer", "attn", "cross", "mlp")
 """Scopes whose units are module calls within a block; which there are is seen when they are called.
@@ -35,10 +35,10 @@ class Layout:
 class Site:
     """A place in the model.
 
-    scope: "stack" is every block as one; "span" the blocks lo..hi-1 as one; "block" each of the
-    blocks lo..hi-1 for itself; "attn" (self or joint attention), "cross" and "mlp" each sub-layer
-    of that kind in those blocks; "transformer" each transformer block inside the blocks of a U-Net;
-    "model" the denoiser's output.
+    scope: "stack" is every block as one; "span" the blocks lo..hi-1 as one; "deep" the same of a
+    U-Net, between its outer blocks; "block" each of the blocks lo..hi-1 for itself; "attn" (self or
+    joint attention), "cross" and "mlp" each sub-layer of that kind in those blocks; "transformer"
+    each transformer block inside the blocks of a U-Net; "model" the denoiser's output.
     lo, hi: block numbers in calling order; hi None means the end, negative numbers count from it,
     and a float between 0 and 1 is a share of the blocks.
     """
@@ -73,6 +73,28 @@ class Site:
                 f"{self.scope} site {self.lo}..{self.hi} does not fit a model of {n_blocks} blocks"
             )
         return lo, hi
+
+    def check(self, layout: Layout) -> None:
+        """Refuse what the model's shape rules out.
+
+        Raises:
+            PlanError: the site does not fit the model, wants a U-Net that is none, or leaves a
+                skip connection of a U-Net open.
+        """
+        lo, hi = self.limits(layout.blocks)
+        if self.scope == "deep" and not layout.unet:
+            raise PlanError(
+                "a 'deep' site is the inside of a U-Net, whose outer blocks are joined by skip "
+                "connections; this model is a plain chain of blocks. Use the site 'stack' or 'span'"
+            )
+        # Block i of the way down feeds its mirror image on the way up.
+        mirror = layout.blocks - 1 - lo
+        if layout.unet and self.scope in ("span", "deep") and lo + 1 < hi <= mirror:
+            raise PlanError(
+                f"the {self.scope} site {lo}..{hi} does not fit a U-Net: block {lo} also feeds "
+                f"block {mirror} by a skip connection. Use a site that ends at block {mirror} or "
+                "later, 'stack', or 'block'"
+            )
 
     def units(self, layout: Layout) -> tuple[tuple[int, int], ...]:
         """The pieces `(lo, hi)` that are reused for themselves; of sub-layers, their blocks."""

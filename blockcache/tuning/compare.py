@@ -5,16 +5,13 @@ a machine that slows down in between slows both. What is timed is the whole pipe
 encoder and decoder included.
 """
 
-import inspect
 import statistics
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
-import numpy as np
 import torch
 
 from blockcache import api
@@ -22,12 +19,9 @@ from blockcache.errors import BlockCacheError
 from blockcache.plan import Plan, Recipe
 from blockcache.tuning import environment, quality
 from blockcache.tuning.comparison import Comparison, Entry, Picture
+from blockcache.tuning.stage import Item, Stage, items_of, plain
 
 What: TypeAlias = str | Path | Recipe | Plan
-Item: TypeAlias = tuple[str, int]
-"""Prompt and seed."""
-
-_OURS = ("prompt", "class_labels", "generator", "output_type", "return_dict")
 _TRIALS = 3
 
 
@@ -95,16 +89,16 @@ def compare(
     Raises:
         BlockCacheError: no prompts, impossible arguments, or an unsupported model.
     """
-    items = _items(prompts, seeds)
+    items = items_of(prompts, seeds)
     if repeats < 1:
         raise BlockCacheError(f"repeats must be at least 1, found {repeats}")
-    stage = _Stage(pipe, call_kwargs)
+    stage = Stage(pipe, call_kwargs)
     cached = _Cached(pipe, api.read(what))
     # Impossible requests are refused before anything is rendered.
     with cached.within():
         pass
     arms = [Arm("uncached"), Arm(_name(what, cached.chosen), within=cached.within)]
-    stage.render(arms[0], items[0])
+    _render(stage, arms[0], items[0])
     plan = api.plan_for(pipe, cached.chosen, stage.steps, stage.levels())
     offered = rivals(_trial(stage, arms, cached, items[0])) if rivals else []
     arms += [arm for arm in offered if not arm.objection]
@@ -118,7 +112,7 @@ def compare(
         steps=stage.steps,
         prompts=tuple(prompt for prompt, _ in items),
         seeds=tuple(seed for _, seed in items),
-        settings=_plain(call_kwargs),
+        settings=plain(call_kwargs),
         baseline=uncached,
         accelerated=accelerated,
         rivals=tuple(others),
@@ -131,84 +125,11 @@ def compare(
     )
 
 
-def _items(prompts: Sequence[str], seeds: Sequence[int] | None) -> list[Item]:
-    if isinstance(prompts, str):
-        prompts = [prompts]
-    if not prompts:
-        raise BlockCacheError("no prompts: give at least one")
-    seeds = range(len(prompts)) if seeds is None else seeds
-    if len(seeds) != len(prompts):
-        raise BlockCacheError(f"{len(prompts)} prompts but {len(seeds)} seeds; give one for each")
-    return list(zip(prompts, seeds, strict=True))
-
-
 def _name(what: What, chosen: Recipe | Plan) -> str:
     """What the user called it; a file by what is in it."""
     if isinstance(what, str) and what.isidentifier():
         return what
     return chosen.recipe.name if isinstance(chosen, Plan) else chosen.name
-
-
-class _Stage:
-    """A pipeline and the arguments all runs share."""
-
-    def __init__(self, pipe: Any, call_kwargs: Mapping[str, Any]) -> None:
-        taken = sorted(set(call_kwargs) & set(_OURS))
-        if taken:
-            raise BlockCacheError(
-                f"compare() sets {', '.join(taken)} itself; pass prompts and seeds"
-            )
-        parameters = inspect.signature(type(pipe).__call__).parameters
-        unknown = sorted(set(call_kwargs) - set(parameters))
-        if unknown and not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-            raise BlockCacheError(f"{type(pipe).__name__} takes no {', '.join(unknown)}")
-        default = parameters["num_inference_steps"].default
-        self.steps = int(call_kwargs.get("num_inference_steps", default))
-        if self.steps < 1:
-            raise BlockCacheError(f"num_inference_steps must be at least 1, found {self.steps}")
-        self.pipe, self.call_kwargs = pipe, dict(call_kwargs)
-        self.by_class = "prompt" not in parameters and "class_labels" in parameters
-        self.device = torch.device(getattr(pipe, "_execution_device", pipe.device))
-        self.dtype = str(pipe.dtype).removeprefix("torch.")
-
-    def render(self, arm: Arm, item: Item) -> tuple[Picture, float]:
-        """One picture and the seconds from the call to floats on the host."""
-        prompt, seed = item
-        arguments = {
-            **self.call_kwargs,
-            "num_inference_steps": arm.steps or self.steps,
-            **({"class_labels": [_class(prompt)]} if self.by_class else {"prompt": prompt}),
-            "generator": torch.Generator("cpu").manual_seed(seed),
-            # "np" is float: nothing passes through 8 bits.
-            "output_type": "np",
-        }
-        with arm.within():
-            self._synchronise()
-            started = time.perf_counter()
-            output = self.pipe(**arguments)[0]
-            self._synchronise()
-            elapsed = time.perf_counter() - started
-        return np.asarray(output[0], dtype=np.float32), elapsed
-
-    def sigmas(self) -> torch.Tensor | None:
-        """Noise levels of the last run, one per step and the final one; None without any."""
-        scheduler = self.pipe.scheduler
-        sigmas = getattr(scheduler, "sigmas", None)
-        # Samplers that call the model twice in a step have more; they are no list of steps.
-        if sigmas is None or not len(sigmas) == len(scheduler.timesteps) + 1 == self.steps + 1:
-            return None
-        return torch.as_tensor(sigmas).clone()
-
-    def levels(self) -> list[float] | None:
-        """What the engine places the last run's steps by: sigmas or, without any, timesteps."""
-        sigmas = self.sigmas()
-        levels = self.pipe.scheduler.timesteps if sigmas is None else sigmas[:-1]
-        found: list[float] = torch.as_tensor(levels, dtype=torch.float64).tolist()
-        return found if len(found) == self.steps else None
-
-    def _synchronise(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
 
 
 class _Cached:
@@ -226,18 +147,20 @@ class _Cached:
             self.summary = api.summary(self.pipe).as_dict()
 
 
-def _class(prompt: str) -> int:
-    try:
-        return int(prompt)
-    except ValueError:
-        raise BlockCacheError(f"this pipeline takes class numbers, found {prompt!r}") from None
+def _render(stage: Stage, arm: Arm, item: Item) -> tuple[Picture, float]:
+    """One picture and the seconds from the call to floats on the host."""
+    with arm.within():
+        found = stage.render(item, arm.steps)
+    if found.picture is None:
+        raise RuntimeError("a render without a picture")
+    return found.picture, found.seconds
 
 
-def _trial(stage: _Stage, arms: Sequence[Arm], cached: _Cached, item: Item) -> Trial:
+def _trial(stage: Stage, arms: Sequence[Arm], cached: _Cached, item: Item) -> Trial:
     """Every arm warm, and timed in turns; the least of a few, for noise only ever adds."""
     sigmas, timesteps = stage.sigmas(), torch.as_tensor(stage.pipe.scheduler.timesteps).clone()
-    stage.render(arms[1], item)
-    seconds = [[stage.render(arm, item)[1] for arm in arms] for _ in range(_TRIALS)]
+    _render(stage, arms[1], item)
+    seconds = [[_render(stage, arm, item)[1] for arm in arms] for _ in range(_TRIALS)]
     baseline_s, accelerated_s = map(min, zip(*seconds, strict=True))
     return Trial(
         pipe=stage.pipe,
@@ -247,8 +170,16 @@ def _trial(stage: _Stage, arms: Sequence[Arm], cached: _Cached, item: Item) -> T
         computed=_computed(cached.summary),
         sigmas=sigmas,
         timesteps=timesteps,
-        seconds=lambda arm: min(stage.render(arm, item)[1] for _ in range(_TRIALS)),
+        seconds=lambda arm: min(_render(stage, arm, item)[1] for _ in range(_TRIALS)),
     )
+
+
+def trial_of(stage: Stage, chosen: Recipe | Plan, item: Item) -> Trial:
+    """The findings on `chosen` that rivals are set up from."""
+    cached = _Cached(stage.pipe, chosen)
+    arms = [Arm("uncached"), Arm("cached", within=cached.within)]
+    _render(stage, arms[0], item)
+    return _trial(stage, arms, cached, item)
 
 
 def _computed(summary: Mapping[str, Any]) -> tuple[float, ...]:
@@ -264,7 +195,7 @@ class _Race:
     """Renders every item with every arm, in turns. Arm 0 is uncached, arm 1 has the cache."""
 
     def __init__(
-        self, stage: _Stage, arms: Sequence[Arm], cached: _Cached, items: Sequence[Item]
+        self, stage: Stage, arms: Sequence[Arm], cached: _Cached, items: Sequence[Item]
     ) -> None:
         self.stage, self.arms, self.cached, self.items = stage, arms, cached, items
         self.seconds: list[list[list[float]]] = [[[] for _ in items] for _ in arms]
@@ -276,7 +207,7 @@ class _Race:
     def run(self, repeats: int, on_progress: Callable[[int, int], None] | None) -> None:
         """All renders, and one more for the determinism floor if nothing is rendered twice."""
         for arm in self.arms:
-            self.stage.render(arm, self.items[0])
+            _render(self.stage, arm, self.items[0])
         order = range(len(self.arms))
         total, done = repeats * len(self.items) * len(self.arms), 0
         for repeat in range(repeats):
@@ -288,13 +219,13 @@ class _Race:
                     if on_progress:
                         on_progress(done, total)
         if repeats == 1:
-            self._note_floor(0, self.stage.render(self.arms[0], self.items[0])[0])
+            self._note_floor(0, _render(self.stage, self.arms[0], self.items[0])[0])
 
     def _render(self, k: int, i: int) -> None:
         on_gpu = self.stage.device.type == "cuda"
         if on_gpu:
             torch.cuda.reset_peak_memory_stats(self.stage.device)
-        picture, seconds = self.stage.render(self.arms[k], self.items[i])
+        picture, seconds = _render(self.stage, self.arms[k], self.items[i])
         if on_gpu:
             peak = torch.cuda.max_memory_allocated(self.stage.device) / 2**30
             self.peaks[self.arms[k].name] = max(peak, self.peaks.get(self.arms[k].name, 0.0))
@@ -320,9 +251,3 @@ class _Race:
         arm = self.arms[k]
         steps = arm.steps or self.stage.steps
         return Entry(arm.name, steps, seconds, scores, tuple(self.pictures[k]))
-
-
-def _plain(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """What JSON can hold as it is, the rest by its type."""
-    simple = (str, int, float, bool, type(None), list, tuple, dict)
-    return {k: v if isinstance(v, simple) else type(v).__name__ for k, v in settings.items()}

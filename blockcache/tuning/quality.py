@@ -7,8 +7,11 @@ arithmetic wraps (two of them 200 apart everywhere would score 30.1 dB instead o
 """
 
 import functools
+import itertools
 import operator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -23,6 +26,9 @@ CAP_DB = 100.0
 _REACH = 5
 _WINDOW = np.exp(-(np.arange(-_REACH, _REACH + 1) ** 2) / (2 * 1.5**2))
 _WINDOW /= _WINDOW.sum()
+
+_SCALE_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
+_LEAST_FOR_THREE_SCALES, _LEAST_FOR_FIVE_SCALES = 44, 176
 
 FOREGROUND_CHANGE = 0.1
 """Difference from the background, in any channel, that makes a pixel part of the foreground."""
@@ -40,14 +46,19 @@ class Scores:
     """One picture or video against its uncached twin; for a video the mean over the frames.
 
     psnr_db: CAP_DB if identical. ssim: 1 if identical. foreground_db: PSNR of the pixels that are
-    not background, None where the picture is all background. worst_frame_db: the lowest PSNR of
-    any frame, None for a single picture.
+    not background, None where the picture is all background. gmsd: gradient-magnitude similarity
+    deviation, 0 if identical. For videos only, else None: worst_frame_db, the lowest PSNR of any
+    frame; motion_db, PSNR of the frame differences; flicker, their mean size over the reference's,
+    1 if alike.
     """
 
     psnr_db: float
     ssim: float
     foreground_db: float | None
     worst_frame_db: float | None = None
+    gmsd: float = 0.0
+    motion_db: float | None = None
+    flicker: float | None = None
 
     @property
     def is_identical(self) -> bool:
@@ -63,7 +74,7 @@ def scores(picture: Pixels, reference: Pixels) -> Scores:
     """
     a, b = _pair(picture, reference)
     if a.ndim == 3:
-        return Scores(_psnr(a, b), ssim(a, b), foreground_psnr(a, b))
+        return Scores(_psnr(a, b), ssim(a, b), foreground_psnr(a, b), gmsd=gmsd(a, b))
     if a.ndim != 4 or not len(a):
         raise QualityError(f"expected [H, W, C] or [F, H, W, C], found shape {list(a.shape)}")
     frames = [_psnr(x, y) for x, y in zip(a, b, strict=True)]
@@ -74,6 +85,9 @@ def scores(picture: Pixels, reference: Pixels) -> Scores:
         float(np.mean([ssim(x, y) for x, y in zip(a, b, strict=True)])),
         float(np.mean(seen)) if seen else None,
         min(frames),
+        float(np.mean([gmsd(x, y) for x, y in zip(a, b, strict=True)])),
+        motion_psnr(a, b),
+        flicker_ratio(a, b),
     )
 
 
@@ -116,6 +130,18 @@ def ssim(picture: Pixels, reference: Pixels) -> float:
     return float(np.mean(structure * luminance))
 
 
+def ssim_of_any(picture: Pixels, reference: Pixels) -> float:
+    """`ssim` of a picture `[H, W, C]`, or the mean over the frames of a video `[F, H, W, C]`.
+
+    Raises:
+        QualityError: as for `ssim`.
+    """
+    a, b = _pair(picture, reference)
+    if a.ndim == 4:
+        return float(np.mean([ssim(x, y) for x, y in zip(a, b, strict=True)]))
+    return ssim(a, b)
+
+
 def _blurred(image: Floats) -> Floats:
     """The window's weighted mean around every pixel with a whole window; one axis at a time."""
     for axis in (0, 1):
@@ -126,6 +152,100 @@ def _blurred(image: Floats) -> Floats:
         )
         image = functools.reduce(operator.add, parts)
     return image
+
+
+def ms_ssim(picture: Pixels, reference: Pixels) -> float:
+    """Multi-scale SSIM of two pictures `[H, W, C]` (Wang et al., 2003), in float64.
+
+    By torchmetrics: its window is that of `ssim` above, and its five weights are the paper's.
+    Pictures under 176 pixels have no room for five scales; they get the three finest with their
+    weights scaled to 1, and such figures compare only with each other.
+
+    Raises:
+        QualityError: as for `psnr`, or a picture under 44 pixels.
+    """
+    from torchmetrics.functional.image import multiscale_structural_similarity_index_measure
+
+    a, b = _pair(picture, reference)
+    smallest = min(a.shape[:2])
+    if a.ndim != 3 or smallest < _LEAST_FOR_THREE_SCALES:
+        raise QualityError(
+            f"MS-SSIM needs pictures [H, W, C] of at least {_LEAST_FOR_THREE_SCALES} pixels, "
+            f"found {list(a.shape)}"
+        )
+    fine = _SCALE_WEIGHTS[:3]
+    is_large = smallest >= _LEAST_FOR_FIVE_SCALES
+    first, second = (torch.from_numpy(x).permute(2, 0, 1)[None] for x in (a, b))
+    found = multiscale_structural_similarity_index_measure(
+        first,
+        second,
+        data_range=1.0,
+        betas=_SCALE_WEIGHTS if is_large else tuple(w / sum(fine) for w in fine),
+        normalize="relu",
+    )
+    return float(found)
+
+
+def gmsd(picture: Pixels, reference: Pixels) -> float:
+    """Gradient magnitude similarity deviation of two pictures `[H, W, C]`, 0 if identical.
+
+    Xue et al. (1308.3052): Prewitt gradients of the luminance at half size; the spread of their
+    similarity over the picture. It sees lost and moved edges, and hardly a change of brightness.
+    The paper's constant 170 is for 0..255.
+
+    Raises:
+        QualityError: as for `psnr`, or a picture too small to be halved.
+    """
+    a, b = _pair(picture, reference)
+    if a.ndim != 3 or min(a.shape[:2]) < 6:
+        raise QualityError(f"GMSD needs pictures [H, W, C] of at least 6 pixels, {list(a.shape)}")
+    constant = 170 / 255**2
+    first, second = _edges(a), _edges(b)
+    similarity = (2 * first * second + constant) / (first**2 + second**2 + constant)
+    return float(similarity.std())
+
+
+def _edges(image: Floats) -> Floats:
+    """Prewitt gradient magnitudes of the luminance at half size."""
+    gray = image.mean(-1) if image.shape[-1] != 3 else image @ np.array([0.299, 0.587, 0.114])
+    height, width = (n // 2 * 2 for n in gray.shape)
+    half = gray[:height, :width].reshape(height // 2, 2, width // 2, 2).mean((1, 3))
+    across = (half[:, 2:] - half[:, :-2]) / 3
+    down = (half[2:] - half[:-2]) / 3
+    across = across[:-2] + across[1:-1] + across[2:]
+    down = down[:, :-2] + down[:, 1:-1] + down[:, 2:]
+    return np.asarray(np.hypot(across, down))
+
+
+def motion_psnr(video: Pixels, reference: Pixels) -> float | None:
+    """PSNR of the differences between neighbouring frames, `[F, H, W, C]`; peak 1.
+
+    A still error that stays in place costs nothing here; one that comes and goes does. None for a
+    single frame.
+    """
+    a, b = _pair(video, reference)
+    return _psnr(np.diff(a, axis=0), np.diff(b, axis=0)) if len(a) > 1 else None
+
+
+def flicker_ratio(video: Pixels, reference: Pixels) -> float | None:
+    """Mean size of the frame differences over the reference's: above 1 is more flicker, below less.
+
+    None for a single frame and for a reference that stands still.
+    """
+    a, b = _pair(video, reference)
+    still = float(np.abs(np.diff(b, axis=0)).mean()) if len(b) > 1 else 0.0
+    return float(np.abs(np.diff(a, axis=0)).mean()) / still if still > 0 else None
+
+
+def determinism_floor(pictures: Sequence[Pixels]) -> float:
+    """The lowest PSNR between renders of one thing: what no cache can be told from.
+
+    Raises:
+        QualityError: fewer than two pictures.
+    """
+    if len(pictures) < 2:
+        raise QualityError(f"two renders are needed to compare them, found {len(pictures)}")
+    return min(psnr(a, b) for a, b in itertools.combinations(pictures, 2))
 
 
 def foreground_psnr(picture: Pixels, reference: Pixels) -> float | None:
@@ -162,6 +282,32 @@ def foreground(reference: Pixels) -> NDArray[np.bool_]:
     background = (plane.reshape(-1, 3) @ coefficients).reshape(height, width, channels)
     differs: NDArray[np.bool_] = np.abs(image - background).max(-1) > FOREGROUND_CHANGE
     return differs
+
+
+def lpips_measure() -> Callable[[Pixels, Pixels], float]:
+    """LPIPS (1801.03924, AlexNet), 0 if identical; videos by the mean over their frames.
+
+    Raises:
+        QualityError: the package `lpips` or the weights of its network are not on disk. Nothing is
+            ever downloaded.
+    """
+    weights = Path(torch.hub.get_dir()) / "checkpoints" / "alexnet-owt-7be5be79.pth"
+    if not weights.is_file():
+        raise QualityError(f"LPIPS needs AlexNet's weights on disk, found none at {weights}")
+    try:
+        from lpips import LPIPS
+    except ImportError:
+        raise QualityError("LPIPS needs the package lpips: pip install lpips") from None
+    network = LPIPS(net="alex", verbose=False).eval()
+
+    def measure(picture: Pixels, reference: Pixels) -> float:
+        a, b = _pair(picture, reference)
+        frames = [torch.from_numpy(x).float().reshape(-1, *x.shape[-3:]) for x in (a, b)]
+        with torch.no_grad():
+            distance = network(*(2 * x.permute(0, 3, 1, 2) - 1 for x in frames))
+        return float(distance.mean())
+
+    return measure
 
 
 def relative_l2(latents: torch.Tensor, reference: torch.Tensor) -> float:

@@ -29,7 +29,9 @@ def mean_pool_torch(
 ) -> Pooled:
     """Block means, and the length of the mean unit vector squared, for `[B, H, S, D]`."""
     wide = torch.promote_types(x.dtype, torch.float32)
-    if order is not None:
+    if order is not None and order.shape[:2] == (1, 1):
+        x = x.index_select(2, order[0, 0].long())
+    elif order is not None:
         index = order.long().expand(*x.shape[:2], -1)[..., None].expand(-1, -1, -1, x.shape[3])
         x = x.gather(2, index)
     sizes = block_offsets(blocks, x.shape[2], x.device).diff(dim=-1)

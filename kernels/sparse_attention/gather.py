@@ -9,7 +9,7 @@ import contextlib
 import functools
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,6 +22,8 @@ from .plan import Blocks, Centroids, SparsePlan, merge_states
 # cache.
 MAX_GROUP = 8
 GATHERED_BYTES = 1 << 19
+# Scores against centroids that are held at a time.
+CENTROID_SCORES = 1 << 17
 
 # What scaled_dot_product_attention runs on a CPU; called by name it returns the LSE as well.
 CPU_FLASH = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
@@ -88,7 +90,11 @@ def _attend_head(
     output = q.new_zeros(q.shape)
     lse = q.new_full(q.shape[:1], -torch.inf, dtype=_wide(q.dtype))
     kept = _kept_keys(tables, k.shape[0])
-    whole = isinstance(tables.k_blocks, int) and tables.k_order is None and kept is None
+    whole = isinstance(tables.k_blocks, int) and kept is None
+    if whole and tables.k_order is not None:
+        # One pass over the keys, and then whole blocks can be gathered instead of tokens.
+        k, v = (t.index_select(0, tables.k_order.long()) for t in (k, v))
+        tables = replace(tables, k_order=None)
     calls = _grouped_calls if whole and isinstance(tables.q_blocks, int) else _row_calls
     q_sorted = q if tables.q_order is None else q.index_select(0, tables.q_order.long())
     for rows, keys, values in calls(q_sorted, k, v, tables, kept):
@@ -203,15 +209,17 @@ def _add_centroids(
     """Merge in the centroids of the blocks that were not chosen, for one head in input order."""
     wide = _wide(q.dtype)
     bias = _at(centroids.counts, b, h).to(wide).log()
-    edges = block_edges(tables.q_blocks, tables.mask.shape[0], q.shape[0])
     key, value = centroids.key[b, h], centroids.value[b, h]
     # A block of count 0 may hold anything.
     key, value = (torch.where((bias > -torch.inf)[:, None], t, 0) for t in (key, value))
+    edges = torch.tensor(block_edges(tables.q_blocks, tables.mask.shape[0], q.shape[0]))
+    blocks = torch.arange(len(edges) - 1).repeat_interleave(edges.diff()).to(q.device)
+    order = torch.arange(len(q), device=q.device) if tables.q_order is None else tables.q_order
     extra_o, extra_lse = torch.zeros_like(o, dtype=wide), torch.full_like(lse, -torch.inf)
-    for i, (first, end) in enumerate(zip(edges, edges[1:], strict=False)):
-        rows = slice(first, end) if tables.q_order is None else tables.q_order[first:end].long()
+    rows_each = max(64, CENTROID_SCORES // len(key))
+    for chosen, rows in zip(blocks.split(rows_each), order.long().split(rows_each), strict=True):
         scores = (q[rows].to(wide) @ key.to(wide).T) * scale
-        scores = scores + bias.masked_fill(tables.mask[i], -torch.inf)
+        scores += torch.where(tables.mask[chosen], -torch.inf, bias)
         row_lse = scores.logsumexp(-1)
         known = torch.where(row_lse == -torch.inf, 0.0, row_lse)
         extra_o[rows] = ((scores - known[:, None]).exp().to(q.dtype) @ value).to(wide)

@@ -33,7 +33,7 @@ def sparse_attention_reference(
     values = v
     if centroids is not None:
         extra = (q @ centroids.key.to(dtype).transpose(-1, -2)).to(wide) * scale
-        rows = _block_of_token(plan.q_blocks, plan.q_order, query.shape[2], plan.num_q_blocks)
+        rows = block_of_token(plan.q_blocks, plan.q_order, query.shape[2], plan.num_q_blocks)
         batch, heads = query.shape[:2]
         chosen = plan.mask().expand(batch, heads, -1, -1)
         chosen = chosen.gather(2, rows.expand(batch, heads, -1)[..., None].expand_as(extra))
@@ -57,10 +57,10 @@ def token_mask(
     rows: Tensor | None = None,
 ) -> Tensor:
     """The plan as bool `[B, H, Sq, Sk]` in the input's own order, or only some query `rows`."""
-    block_of_q = _block_of_token(plan.q_blocks, plan.q_order, q_length, plan.num_q_blocks)
+    block_of_q = block_of_token(plan.q_blocks, plan.q_order, q_length, plan.num_q_blocks)
     if rows is not None:
         block_of_q = block_of_q[..., rows.to(block_of_q.device)]
-    block_of_k = _block_of_token(plan.k_blocks, plan.k_order, k_length, plan.num_k_blocks)
+    block_of_k = block_of_token(plan.k_blocks, plan.k_order, k_length, plan.num_k_blocks)
     # A key token that is in no block belongs to an extra one that nobody attends.
     mask = torch.nn.functional.pad(plan.mask(), (0, 1)).expand(batch, heads, -1, -1)
     block_of_q, block_of_k = (
@@ -70,7 +70,7 @@ def token_mask(
     return mask.gather(3, block_of_k[:, :, None].expand(-1, -1, mask.shape[2], -1))
 
 
-def _block_of_token(blocks: Blocks, order: Tensor | None, length: int, count: int) -> Tensor:
+def block_of_token(blocks: Blocks, order: Tensor | None, length: int, count: int) -> Tensor:
     """Block number of every token, int64 `[B|1, H|1, length]`; `count` for a token in none."""
     listed = length if order is None else order.shape[-1]
     device = (

@@ -350,9 +350,7 @@ def test_a_patch_of_the_latents_is_the_token_that_the_table_says(build):
     geometry = arrangement.fit(len(before))
     assert geometry.grid == ((1, *GRID[1:]) if "2D" in type(model).__name__ else GRID)
     assert (geometry.before, geometry.after) == EXPECTED.get(build, (0, 0))
-    after = first_queries(
-        model, with_changed_patch(call, CASES[build], geometry), arrangement.fit
-    )
+    after = first_queries(model, with_changed_patch(call, CASES[build], geometry), arrangement.fit)
     frame, row, column = PATCH[0] % geometry.frames, PATCH[1], PATCH[2]
     token = geometry.before + (frame * geometry.height + row) * geometry.width + column
     assert (before != after).any(1).nonzero().flatten().tolist() == [token]
@@ -402,10 +400,10 @@ def test_strangers_are_guessed_from_their_latents(latents, config, grid):
 @pytest.mark.parametrize(
     ("latents", "config", "reason"),
     [
-        (None, dict(in_channels=4, patch_size=2), "no row"),
-        ([random(4, 8, 8)], dict(in_channels=4, patch_size=2), "no row"),
-        (random(1, 72, 8), dict(in_channels=8, patch_size=1), "no row"),
-        (random(1, 3, 8, 8, 8), dict(in_channels=5, patch_size=2), "no row"),
+        (None, dict(in_channels=4, patch_size=2), "in no table"),
+        ([random(4, 8, 8)], dict(in_channels=4, patch_size=2), "in no table"),
+        (random(1, 72, 8), dict(in_channels=8, patch_size=1), "in no table"),
+        (random(1, 3, 8, 8, 8), dict(in_channels=5, patch_size=2), "in no table"),
         (random(1, 4, 8, 12), dict(in_channels=4), "no patch size"),
     ],
 )

@@ -114,6 +114,10 @@ def test_a_replay_on_the_same_input_gives_the_same_output(each, place, payload, 
     scheduler = Scheduler(2)
     site, total = SITES[place], block_count[each.name]
     recipe = reuse(site, 0, total=2, payload=payload)
+    if each.name == "sd15" and place == "front":
+        with pytest.raises(blockcache.PlanError, match="block 0 also feeds block 6"):
+            blockcache.enable(each.denoiser, recipe, scheduler=scheduler)
+        return
     blockcache.enable(each.denoiser, recipe, scheduler=scheduler)
     kwargs = {**kwargs, "return_dict": False}
     outputs = []
@@ -124,8 +128,6 @@ def test_a_replay_on_the_same_input_gives_the_same_output(each, place, payload, 
     computed, replayed = outputs
     assert (replayed - computed).abs().max() <= 2e-6 * computed.abs().max()
     lo, hi = site.limits(total)
-    if each.name == "sd15" and place == "front":
-        lo = hi = 0  # down block 0 also feeds an up block: refused
     expected = [1 if lo <= i < hi else 2 for i in range(total)]
     assert spy.calls == expected
 

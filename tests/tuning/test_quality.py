@@ -145,3 +145,119 @@ def test_relative_l2():
         quality.relative_l2(reference, torch.ones(3))
     with pytest.raises(BlockCacheError, match="int64"):
         quality.relative_l2(torch.ones(2, dtype=torch.int64), reference)
+
+
+# ---- beyond PSNR and SSIM -----------------------------------------------------------------------
+
+
+def prewitt_by_hand(image):
+    """Half-size luminance and its Prewitt magnitudes, pixel by pixel."""
+    gray = 0.299 * image[..., 0] + 0.587 * image[..., 1] + 0.114 * image[..., 2]
+    height, width = gray.shape[0] // 2, gray.shape[1] // 2
+    half = [
+        [gray[2 * y : 2 * y + 2, 2 * x : 2 * x + 2].mean() for x in range(width)]
+        for y in range(height)
+    ]
+    edges = []
+    for y in range(1, height - 1):
+        for x in range(1, width - 1):
+            across = sum(half[y + k][x + 1] - half[y + k][x - 1] for k in (-1, 0, 1)) / 3
+            down = sum(half[y + 1][x + k] - half[y - 1][x + k] for k in (-1, 0, 1)) / 3
+            edges.append(math.hypot(across, down))
+    return edges
+
+
+def test_gmsd_is_the_papers_formula():
+    a, b = picture(1, 15).astype(float), picture(2, 15).astype(float)
+    c = 170 / 255**2
+    pairs = zip(prewitt_by_hand(a), prewitt_by_hand(b), strict=True)
+    similar = [(2 * x * y + c) / (x * x + y * y + c) for x, y in pairs]
+    assert quality.gmsd(a, b) == pytest.approx(np.std(similar), abs=1e-12)
+
+
+def test_gmsd_sees_a_moved_edge_and_not_the_brightness():
+    plain = on_background()
+    brighter, moved = np.clip(plain + 0.02, 0, 1), on_background()
+    moved[24:40, 40:44] = 0.9
+    assert quality.gmsd(plain, plain) == 0
+    assert quality.gmsd(brighter, plain) < 1e-6 < 0.05 < quality.gmsd(moved, plain)
+    with pytest.raises(QualityError, match="at least 6 pixels"):
+        quality.gmsd(plain[:4], plain[:4])
+
+
+def luminance_and_structure(a, b):
+    """The two factors of SSIM around every pixel with a whole window, by the definition."""
+    offsets = np.arange(-5, 6)
+    window = np.exp(-(offsets[:, None] ** 2 + offsets[None, :] ** 2) / (2 * 1.5**2))
+    window /= window.sum()
+    pairs = []
+    for y in range(5, a.shape[0] - 5):
+        for x in range(5, a.shape[1] - 5):
+            p, q = (i[y - 5 : y + 6, x - 5 : x + 6] for i in (a, b))
+            mp, mq = (window * p).sum(), (window * q).sum()
+            vp, vq = (window * (p - mp) ** 2).sum(), (window * (q - mq) ** 2).sum()
+            cov = (window * (p - mp) * (q - mq)).sum()
+            luminance = (2 * mp * mq + 1e-4) / (mp**2 + mq**2 + 1e-4)
+            pairs.append((luminance, (2 * cov + 9e-4) / (vp + vq + 9e-4)))
+    return np.array(pairs)
+
+
+def test_ms_ssim_of_a_small_picture_is_the_product_over_three_scales():
+    plain = np.full((64, 64, 1), 0.5)
+    plain[20:44, 20:44] = picture(3, 24)[..., :1]
+    other = plain.copy()
+    other[20:44, 20:44] = 0.7 * other[20:44, 20:44] + 0.3 * picture(4, 24)[..., :1]
+    weights = np.array([0.0448, 0.2856, 0.3001])
+    weights /= weights.sum()
+    product, a, b = 1.0, plain[..., 0], other[..., 0]
+    for scale, weight in enumerate(weights):
+        # The last scale's borders are reflected, as in SSIM; elsewhere only whole windows count.
+        whole = [np.pad(x, 5, "reflect") if scale == 2 else x for x in (a, b)]
+        luminance, structure = luminance_and_structure(*whole).T
+        factor = (luminance * structure).mean() if scale == 2 else structure.mean()
+        product *= max(factor, 0) ** weight
+        a, b = (x.reshape(x.shape[0] // 2, 2, -1, 2).mean((1, 3)) for x in (a, b))
+    assert quality.ms_ssim(other, plain) == pytest.approx(product, abs=1e-9)
+    assert quality.ms_ssim(plain, plain) == pytest.approx(1.0)
+
+
+def test_ms_ssim_of_a_large_picture_is_torchmetrics_own():
+    from torchmetrics.functional.image import multiscale_structural_similarity_index_measure
+
+    a, b = picture(1, 180).astype(np.float64), picture(2, 180).astype(np.float64)
+    near = 0.8 * a + 0.2 * b
+    tensors = [torch.from_numpy(x).permute(2, 0, 1)[None] for x in (near, a)]
+    expected = multiscale_structural_similarity_index_measure(*tensors, data_range=1.0)
+    assert quality.ms_ssim(near, a) == pytest.approx(float(expected), abs=1e-9)
+    with pytest.raises(QualityError, match="at least 44 pixels"):
+        quality.ms_ssim(a[:40], a[:40])
+
+
+def test_motion_and_flicker_of_videos():
+    still = np.full((4, 12, 12, 3), 0.5)
+    moving = still + np.array([0, 0.1, 0, 0.1])[:, None, None, None]
+    shifted = moving + 0.2
+    assert quality.motion_psnr(shifted, moving) == CAP_DB
+    assert quality.flicker_ratio(shifted, moving) == pytest.approx(1.0)
+    # Every frame difference is off by 0.1.
+    assert quality.motion_psnr(still, moving) == pytest.approx(20.0)
+    assert quality.flicker_ratio(still, moving) == 0
+    assert quality.flicker_ratio(moving, still) is None
+    assert quality.motion_psnr(still[:1], moving[:1]) is None
+    found = scores(still, moving)
+    assert found.motion_db == pytest.approx(20.0) and found.flicker == 0
+    assert scores(still[0], moving[0]).motion_db is None
+
+
+def test_the_determinism_floor_is_the_worst_pair():
+    plain = np.full((8, 8, 3), 0.5)
+    assert quality.determinism_floor([plain, plain]) == CAP_DB
+    assert quality.determinism_floor([plain, plain + 0.01, plain + 0.1]) == pytest.approx(20.0)
+    with pytest.raises(QualityError, match="two renders"):
+        quality.determinism_floor([plain])
+
+
+def test_lpips_is_never_downloaded(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    with pytest.raises(QualityError, match="weights on disk, found none"):
+        quality.lpips_measure()

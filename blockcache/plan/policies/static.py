@@ -41,8 +41,19 @@ class Geometric(StaticPolicy):
     def mask(self, steps: Sequence[Step], units: int) -> Mask:
         """Computed steps 0, 1, ... with growing gaps; the last gap ends at the run's end."""
         total = len(steps)
-        count = min(total, max(1, round(self.budget * total)))
+        count = steps_of(self.budget, total)
         return _same_for_all(set(geometric_steps(count, total)), total, units)
+
+
+def steps_of(budget: float, total: int) -> int:
+    """How many of `total` steps a share of them is, at least 1.
+
+    Raises:
+        PlanError: the budget is no share.
+    """
+    if not 0.0 < budget <= 1.0:
+        raise PlanError(f"budget is a share of the steps, above 0 and at most 1, got {budget}")
+    return max(1, round(budget * total))
 
 
 def geometric_steps(count: int, total: int) -> tuple[int, ...]:
@@ -166,14 +177,15 @@ class Within(StaticPolicy):
 
     start, stop: `start` <= position < `stop`, positions from 0 to 1. axis: the position of a step
     is the "share" of the run that is done, or its "time", which falls from 1 to 0 (a published
-    window of 100 to 800 of 1000 timesteps is 0.1 to 0.8). The inner policy begins to count at
-    the first step inside, which is computed.
+    window of 100 to 800 of 1000 timesteps is 0.1 to 0.8). counting: from "here", where the inner
+    policy begins at the first step inside, which is computed, or from the beginning of the "run".
     """
 
     policy: StaticPolicy
     start: Annotated[float, Field(ge=0, le=1)] = 0.0
     stop: Annotated[float, Field(ge=0, le=1)] = 1.0
     axis: Literal["share", "time"] = "share"
+    counting: Literal["here", "run"] = "here"
 
     def __post_init__(self) -> None:
         """Refuse a window without width."""
@@ -183,11 +195,12 @@ class Within(StaticPolicy):
     def mask(self, steps: Sequence[Step], units: int) -> Mask:
         """The inner policy's mask of the steps inside, True elsewhere."""
         inside = [i for i, step in enumerate(steps) if self._holds(step)]
-        inner = self.policy.mask([steps[i] for i in inside], units)
+        counted = inside if self.counting == "here" else range(len(steps))
+        inner = self.policy.mask([steps[i] for i in counted], units)
         rows = []
         for row in inner:
-            wanted = dict(zip(inside, row, strict=True))
-            rows.append(tuple(wanted.get(i, True) for i in range(len(steps))))
+            wanted = dict(zip(counted, row, strict=True))
+            rows.append(tuple(wanted[i] if i in inside else True for i in range(len(steps))))
         return tuple(rows)
 
     def _holds(self, step: Step) -> bool:

@@ -1,0 +1,353 @@
+"""What batch generation costs and how it scales: `python -m benchmarks.batch`.
+
+* overhead: `generate` over a bare loop that renders the same items and saves the same PNGs, in
+  turns in one process on the embedded model;
+* two processes over one, one thread each;
+* what a claim costs;
+* a simulation of 8, 64 and 512 workers from the measured seconds of uneven items: claimed one by
+  one as `generate` does it, against shares split beforehand.
+"""
+
+import heapq
+import itertools
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections import deque
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+
+import blockcache
+from blockcache.pipelines import models
+from blockcache.pipelines.cli import quiet_hosts
+from blockcache.pipelines.embedded.world import held_out_prompts
+from blockcache.pipelines.generate import claims, generate
+from blockcache.tuning import environment
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results" / "batch.json"
+# Uneven work: steps of a row, by turns.
+STEPS = (10, 20, 50, 80)
+OVERHEAD_LIMIT, SPEEDUP_LIMIT = 0.02, 1.7
+
+
+# ---- overhead -----------------------------------------------------------------------------------
+
+
+def overhead(items: int, rounds: int) -> dict[str, float]:
+    """Seconds per item of a bare loop and of `generate`, the least of all rounds.
+
+    The least, for whatever else the machine does only ever adds time.
+    """
+    model = models.find("tiny-image")
+    pipe = models.load(model, torch.device("cpu"))
+    prompts = held_out_prompts(items, seed=3)
+    bare, ours, whole = [], [], []
+    with tempfile.TemporaryDirectory() as place:
+        for number in range(rounds + 1):
+            bare.append(_bare_loop(pipe, model.call, prompts, Path(place) / "bare.png"))
+            loop, all_of_it = _generated(pipe, model.call, prompts, Path(place) / str(number))
+            ours.append(loop)
+            whole.append(all_of_it)
+    # The first round warms up.
+    least = [min(seconds[1:]) / items for seconds in (bare, ours, whole)]
+    return {
+        "items": items,
+        "bare_s": least[0],
+        "generate_s": least[1],
+        "with_pages_s": least[2],
+        "overhead": least[1] / least[0] - 1,
+        "overhead_with_pages": least[2] / least[0] - 1,
+    }
+
+
+def _bare_loop(pipe: Any, call: dict[str, Any], prompts: list[str], file: Path) -> float:
+    started = time.perf_counter()
+    with blockcache.enabled(pipe, "balanced"):
+        for seed, prompt in enumerate(prompts):
+            generator = torch.Generator().manual_seed(seed)
+            pipe(prompt, generator=generator, **call).images[0].save(file)
+    return time.perf_counter() - started
+
+
+def _generated(
+    pipe: Any, call: dict[str, Any], prompts: list[str], out: Path
+) -> tuple[float, float]:
+    """Seconds until the last item, and until manifest, contact sheet and gallery are there, too."""
+    settings = {"height": call["height"], "width": call["width"]}
+    rest = {k: v for k, v in call.items() if k not in settings}
+    started = time.perf_counter()
+    results = generate(prompts, pipe, out, arguments=rest, **settings)
+    for _ in itertools.islice(results, len(prompts)):
+        pass
+    until_last = time.perf_counter() - started
+    for _ in results:
+        pass
+    return until_last, time.perf_counter() - started
+
+
+# ---- two processes ------------------------------------------------------------------------------
+
+
+def scaling(items: int, rounds: int) -> dict[str, Any]:
+    """Items per second of two processes over one, and the seconds of every item of one."""
+    with tempfile.TemporaryDirectory() as place:
+        prompts = Path(place) / "prompts.jsonl"
+        rows = zip(held_out_prompts(items, seed=4), itertools.cycle(STEPS), strict=False)
+        lines = (json.dumps({"prompt": prompt, "steps": steps}) for prompt, steps in rows)
+        prompts.write_text("\n".join(lines))
+        ratios, seconds = [], []
+        for number in range(rounds):
+            alone, times = _rate(prompts, Path(place) / f"{number}-1", 1)
+            together, _ = _rate(prompts, Path(place) / f"{number}-2", 2)
+            ratios.append(together / alone)
+            seconds.append(times)
+    quietest = min(seconds, key=sum)
+    return {
+        "ratios": ratios,
+        "speedup": statistics.median(ratios),
+        "best": max(ratios),
+        "item_seconds": quietest,
+        "load_average": os.getloadavg()[0],
+        "cores": len(os.sched_getaffinity(0)),
+    }
+
+
+def _rate(prompts: Path, out: Path, processes: int) -> tuple[float, list[float]]:
+    """Work per second while all processes are at it, in steps; and seconds by item."""
+    command = [sys.executable, "-m", "blockcache", "generate", "--prompts", str(prompts)]
+    given = {**os.environ, "OMP_NUM_THREADS": "1"}
+    running = [
+        subprocess.Popen(
+            [*command, "--out", str(out)],
+            cwd=ROOT,
+            env={**given, "RANK": str(rank)},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        for rank in range(processes)
+    ]
+    if any(process.wait() for process in running):
+        raise click.ClickException("a process failed")
+    rows = [json.loads(line) for line in (out / "manifest.jsonl").read_text().splitlines()]
+    of_rank = [[row for row in rows if row["rank"] == rank] for rank in range(processes)]
+    if not all(of_rank):
+        raise click.ClickException("a process came too late to do anything; take more --items")
+    # From when the last one is warm to when the first one runs out of work.
+    begin = max(min(row["finished"] for row in mine) for mine in of_rank)
+    end = min(max(row["finished"] for row in mine) for mine in of_rank)
+    steps = sum(r["settings"]["num_inference_steps"] for r in rows if begin < r["finished"] <= end)
+    return steps / (end - begin), [row["seconds"] for row in rows]
+
+
+def claim_us(rows: int = 20_000) -> float:
+    """Microseconds to claim and settle one row."""
+    with tempfile.TemporaryDirectory() as place:
+        book = claims.Claims(Path(place) / "state")
+        book.enter("0" * 32, lambda: bytes(rows))
+        started = time.perf_counter()
+        while (row := book.take()) is not None:
+            book.settle(row, claims.DONE)
+        elapsed = time.perf_counter() - started
+        book.close()
+    return elapsed / rows * 1e6
+
+
+# ---- simulation ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class World:
+    """What goes wrong. Times in mean items.
+
+    slow: share of the workers that run at a third of the speed. between_deaths: mean time to a
+    worker's death. repair: until it is back with its model loaded.
+    """
+
+    slow: float = 0.05
+    between_deaths: float = 200.0
+    repair: float = 20.0
+
+
+@dataclass
+class Outcome:
+    """Shares of all workers' time from the first start to the last end."""
+
+    idle: float
+    lost: float
+    down: float
+    slowdown: float
+    """Time taken over that of as much perfectly divided work without deaths."""
+
+
+class _Worker:
+    def __init__(self, world: World, chance: random.Random) -> None:
+        self.pace = 3.0 if chance.random() < world.slow else 1.0
+        self.world, self.chance = world, chance
+        self.dies = chance.expovariate(1 / world.between_deaths)
+        self.worked = self.lost = self.down = 0.0
+
+    def work(self, now: float, item: float) -> tuple[float, bool]:
+        """When the item is over, and whether it was finished and not lost."""
+        end = now + item * self.pace
+        if end <= self.dies:
+            self.worked += end - now
+            return end, True
+        died = max(self.dies, now)
+        self.lost += died - now
+        self.dies = (
+            died + self.world.repair + self.chance.expovariate(1 / self.world.between_deaths)
+        )
+        return died, False
+
+
+def claimed(items: list[float], count: int, world: World, chance: random.Random) -> Outcome:
+    """Workers take the next item when they are free; a dead one's item is free at once.
+
+    Who finds nothing leaves, but for worker 0, which stays until everything is settled.
+    """
+    workers = [_Worker(world, chance) for _ in range(count)]
+    todo, lost = deque(items), deque[float]()
+    # (time, order, worker, what was lost at that time)
+    order = itertools.count()
+    events: list[tuple[float, int, int, float]] = [(0.0, next(order), w, 0.0) for w in range(count)]
+    heapq.heapify(events)
+    left, last, waits = len(items), 0.0, False
+    while left:
+        now, _, number, freed = heapq.heappop(events)
+        worker = workers[number]
+        if freed:
+            lost.append(freed)
+            back = now + world.repair
+            worker.down += world.repair
+            heapq.heappush(events, (back, next(order), number, 0.0))
+            if not waits:
+                continue
+            number, worker, waits = 0, workers[0], False
+        if not todo and not lost:
+            waits = waits or number == 0
+            continue
+        item = todo.popleft() if todo else lost.popleft()
+        end, is_done = worker.work(now, item)
+        heapq.heappush(events, (end, next(order), number, 0.0 if is_done else item))
+        if is_done:
+            left -= 1
+            last = max(last, end)
+    return _outcome(workers, items, last)
+
+
+def split(items: list[float], count: int, world: World, chance: random.Random) -> Outcome:
+    """Every worker has its share from the beginning, and goes on with it when it is back."""
+    workers = [_Worker(world, chance) for _ in range(count)]
+    last = 0.0
+    for number, worker in enumerate(workers):
+        now = 0.0
+        # Contiguous shares, as `split_between_processes` gives them.
+        share = items[number * len(items) // count : (number + 1) * len(items) // count]
+        for item in share:
+            is_done = False
+            while not is_done:
+                now, is_done = worker.work(now, item)
+                if not is_done:
+                    worker.down += world.repair
+                    now += world.repair
+        last = max(last, now)
+    return _outcome(workers, items, last)
+
+
+def _outcome(workers: list[_Worker], items: list[float], last: float) -> Outcome:
+    everything = len(workers) * last
+    worked, lost, down = (
+        sum(getattr(worker, name) for worker in workers) for name in ("worked", "lost", "down")
+    )
+    speed = sum(1 / worker.pace for worker in workers)
+    idle = max(0.0, 1 - (worked + lost + down) / everything)
+    return Outcome(idle, lost / everything, down / everything, last * speed / sum(items))
+
+
+def simulated(seconds: list[float], items: int, repeats: int = 5) -> list[dict[str, Any]]:
+    """Both ways with 8, 64 and 512 workers; the mean of some repeats."""
+    mean = statistics.fmean(seconds)
+    found = []
+    for count in (8, 64, 512):
+        row: dict[str, Any] = {"workers": count, "items": items}
+        for name, way in (("claimed", claimed), ("split", split)):
+            outcomes = []
+            for seed in range(repeats):
+                chance = random.Random(seed)
+                drawn = [chance.choice(seconds) / mean for _ in range(items)]
+                outcomes.append(way(drawn, count, World(), chance))
+            row[name] = {
+                figure: statistics.fmean(getattr(outcome, figure) for outcome in outcomes)
+                for figure in ("idle", "lost", "down", "slowdown")
+            }
+        found.append(row)
+    return found
+
+
+# ---- tables -------------------------------------------------------------------------------------
+
+
+def markdown(found: dict[str, Any]) -> str:
+    """The tables for the documentation."""
+    cost, two = found["overhead"], found["scaling"]
+    measured = [
+        "| measured on the embedded model | value | limit |",
+        "|---|--:|--:|",
+        f"| bare loop, seconds per item | {cost['bare_s']:.3f} | |",
+        f"| `generate` over the bare loop | {cost['overhead']:+.1%} | +{OVERHEAD_LIMIT:.0%} |",
+        f"| with manifest, contact sheet and gallery, {cost['items']} items "
+        f"| {cost['overhead_with_pages']:+.1%} | |",
+        f"| two processes over one, median of {len(two['ratios'])} "
+        f"| {two['speedup']:.2f}x | {SPEEDUP_LIMIT}x |",
+        f"| claiming and settling a row | {found['claim_us']:.0f} µs | |",
+    ]
+    simulation = [
+        "| workers | items each | idle, claimed | idle, split | time over ideal, claimed "
+        "| time over ideal, split | lost, claimed |",
+        "|--:|--:|--:|--:|--:|--:|--:|",
+    ]
+    for row in found["simulation"]:
+        ours, theirs = row["claimed"], row["split"]
+        simulation.append(
+            f"| {row['workers']} | {row['items'] // row['workers']} | {ours['idle']:.1%} "
+            f"| {theirs['idle']:.1%} | {ours['slowdown']:.2f} | {theirs['slowdown']:.2f} "
+            f"| {ours['lost']:.2%} |"
+        )
+    return "\n".join([*measured, "", *simulation])
+
+
+@click.command()
+@click.option("--json", "file", type=click.Path(dir_okay=False, path_type=Path), default=RESULTS)
+@click.option("--items", default=40, show_default=True)
+@click.option("--rounds", default=3, show_default=True)
+@click.option("--simulated-items", default=20_000, show_default=True)
+def main(file: Path, items: int, rounds: int, simulated_items: int) -> None:
+    """Measure, simulate, print the tables and write them as JSON."""
+    torch.set_num_threads(1)
+    quiet_hosts()
+    found: dict[str, Any] = {
+        "versions": environment.versions(),
+        "machine": environment.machine("cpu"),
+        "overhead": overhead(items, rounds),
+        "scaling": scaling(items, rounds),
+        "claim_us": claim_us(),
+    }
+    found["simulation"] = simulated(found["scaling"]["item_seconds"], simulated_items)
+    found["markdown"] = markdown(found)
+    click.echo(found["markdown"])
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,115 @@
+"""What is asked of a plan, and when the answer may be believed."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import numpy as np
+
+from blockcache.errors import BlockCacheError
+from blockcache.tuning import quality
+from blockcache.tuning.comparison import Picture
+
+Measure: TypeAlias = Callable[[Picture, Picture], float]
+"""Picture and uncached picture to a figure; the larger, the nearer."""
+
+_LIMITS = {"psnr": (5.0, 90.0), "ssim": (0.0, 0.9999), "lpips": (0.0005, 1.0)}
+_LEAST_SPEEDUP, _MOST_SPEEDUP = 1.05, 50.0
+
+
+@dataclass(frozen=True)
+class Goal:
+    """At least `target` of a figure in a share of the pictures, or a speed.
+
+    name: of the figure, for `Plan.reached`. sign: -1 for figures that are better when smaller.
+    measure: gives the figure times `sign`. speedup: asked for in the place of a figure; then the
+    plan is the best there is at that speed, by PSNR. share: of new pictures that must reach it.
+    """
+
+    name: str
+    target: float
+    measure: Measure
+    sign: float = 1.0
+    speedup: float | None = None
+    share: float = 0.5
+
+    def figure(self, picture: Picture, reference: Picture) -> float:
+        """The figure of one picture, larger is nearer."""
+        return self.sign * float(self.measure(picture, reference))
+
+    def reaches(self, figure: float) -> bool:
+        """Whether one picture does."""
+        return figure >= self.sign * self.target
+
+    def typical(self, figures: Sequence[float]) -> float:
+        """What `share` of the pictures reach."""
+        return float(np.quantile(figures, 1 - self.share, method="lower"))
+
+    def holds(self, figures: Sequence[float], confidence: float) -> bool:
+        """Whether new pictures reach it, judged by these that had no part in the search.
+
+        The one-sided Clopper-Pearson bound on the share of pictures that do: if no more than
+        `share` of all pictures did, so many here would be less likely than 1 - `confidence`.
+        """
+        reached = sum(map(self.reaches, figures))
+        return chance(reached, len(figures), self.share) <= 1 - confidence + 1e-12
+
+    def words(self) -> str:
+        """The goal in a few words."""
+        if self.speedup is not None:
+            return f"{self.speedup:g}x"
+        sense = "at least" if self.sign > 0 else "at most"
+        unit = " dB" if self.name == "psnr_db" else ""
+        return f"{self.name} {sense} {self.target:g}{unit} in {self.share:.0%} of the pictures"
+
+
+def chance(least: int, count: int, share: float) -> float:
+    """Probability of at least `least` of `count` where each has probability `share`."""
+    return sum(
+        math.comb(count, k) * share**k * (1 - share) ** (count - k) for k in range(least, count + 1)
+    )
+
+
+def goal_from(
+    psnr: float | None,
+    ssim: float | None,
+    lpips: float | None,
+    speedup: float | None,
+    metric: tuple[Measure, float] | None,
+    share: float,
+) -> Goal:
+    """The one goal that was given.
+
+    Raises:
+        BlockCacheError: none or several, or a target that cannot be.
+    """
+    given = {"psnr": psnr, "ssim": ssim, "lpips": lpips, "speedup": speedup, "metric": metric}
+    named = [name for name, value in given.items() if value is not None]
+    if len(named) != 1:
+        found = ", ".join(named) or "none"
+        raise BlockCacheError(f"give one goal of {', '.join(given)}; found {found}")
+    if not 0 < share < 1:
+        raise BlockCacheError(f"share must lie between 0 and 1, found {share}")
+    if speedup is not None:
+        _check(speedup, _LEAST_SPEEDUP, _MOST_SPEEDUP, "speedup", "1 is no gain")
+        return Goal("psnr_db", -math.inf, quality.psnr, 1.0, float(speedup), share)
+    if metric is not None:
+        measure, target = metric
+        if not math.isfinite(target):
+            raise BlockCacheError(f"the metric's target must be a number, found {target}")
+        return Goal("metric", float(target), measure, share=share)
+    if psnr is not None:
+        _check(psnr, *_LIMITS["psnr"], "psnr", "in dB; only identical pictures are beyond")
+        return Goal("psnr_db", float(psnr), quality.psnr, share=share)
+    if ssim is not None:
+        _check(ssim, *_LIMITS["ssim"], "ssim", "1 is identical")
+        return Goal("ssim", float(ssim), quality.ssim_of_any, share=share)
+    target = 0.0 if lpips is None else lpips
+    _check(target, *_LIMITS["lpips"], "lpips", "0 is identical")
+    return Goal("lpips", float(target), quality.lpips_measure(), -1.0, share=share)
+
+
+def _check(value: float, low: float, high: float, name: str, why: str) -> None:
+    if not (isinstance(value, (int, float)) and low <= value <= high):
+        raise BlockCacheError(f"{name} must lie in {low:g}..{high:g} ({why}), found {value!r}")

@@ -1,0 +1,222 @@
+"""Scoring by real runs: how far a recipe's final latents are from the uncached ones.
+
+Every candidate is run on the same prompts from the same noise, so two candidates differ by what
+they compute and by nothing else. What was run once is not run again, in this process or, with a
+file, in the next one.
+"""
+
+import hashlib
+import json
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from blockcache import api
+from blockcache.errors import BlockCacheError
+from blockcache.plan import Recipe
+from blockcache.plan.spec import to_json
+from blockcache.tuning.comparison import Picture
+from blockcache.tuning.goal import Goal
+from blockcache.tuning.stage import Item, Stage, final_of
+
+_CAP_DB = 120.0
+_CLEAR_DB = 0.5
+"""A candidate this much behind over the hardest prompts is not run on the others."""
+
+
+class Exhausted(Exception):
+    """The limit on runs or minutes is reached."""
+
+
+@dataclass
+class Ledger:
+    """What the search has cost, and what it may.
+
+    most_runs: limit in uncached runs. deadline: on `time.monotonic`. note: called after every run.
+    """
+
+    most_runs: float = float("inf")
+    deadline: float = float("inf")
+    note: Callable[["Ledger"], None] = field(default=lambda ledger: None)
+    spent_s: float = 0.0
+    _uncached: list[float] = field(default_factory=list)
+
+    @property
+    def run_s(self) -> float:
+        """Seconds of an uncached run, median of those seen; 0 before the first."""
+        return statistics.median(self._uncached) if self._uncached else 0.0
+
+    @property
+    def runs(self) -> float:
+        """Cost so far in uncached runs."""
+        return self.spent_s / self.run_s if self._uncached else 0.0
+
+    def charge(self, seconds: float, is_uncached: bool = False) -> None:
+        """Count a run."""
+        self.spent_s += seconds
+        if is_uncached:
+            # On a machine whose speed varies, later ones count as much as the first.
+            self._uncached.append(seconds)
+        self.note(self)
+
+    def learn(self, seconds: float) -> None:
+        """Note the time of an uncached run that is counted elsewhere."""
+        self._uncached.append(seconds)
+
+    def check(self, more_runs: float = 0.0) -> None:
+        """Stop if `more_runs` uncached runs would go beyond a limit.
+
+        Raises:
+            Exhausted: they would.
+        """
+        if self.runs + more_runs > self.most_runs:
+            raise Exhausted(f"the limit of {self.most_runs:.0f} runs is reached")
+        if time.monotonic() > self.deadline:
+            raise Exhausted("the time limit is reached")
+
+
+def tail_aware(decibels: Sequence[float]) -> float:
+    """The search's objective: half the mean, half the mean of the worst quarter.
+
+    A mean alone buys decibels for pictures that are good already with a prompt that tips over into
+    another picture.
+    """
+    ordered = sorted(decibels)
+    worst = ordered[: max(1, round(len(ordered) / 4))]
+    return 0.5 * float(np.mean(ordered)) + 0.5 * float(np.mean(worst))
+
+
+class Memory:
+    """What was measured, by recipe and item; with a file, across processes."""
+
+    def __init__(self, file: Path | None = None) -> None:
+        self._file = file
+        self._known: dict[str, dict[str, Any]] = {}
+        if file is not None and file.exists():
+            for line in file.read_text(encoding="utf-8").splitlines():
+                row = _row(line)
+                self._known[row.pop("key")] = row
+
+    def find(self, recipe: Recipe, item: Item, what: str) -> dict[str, Any] | None:
+        """The figures of an earlier run."""
+        return self._known.get(_key(recipe, item, what))
+
+    def keep(self, recipe: Recipe, item: Item, what: str, row: dict[str, Any]) -> None:
+        """Remember figures."""
+        key = _key(recipe, item, what)
+        self._known[key] = row
+        if self._file is not None:
+            with self._file.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"key": key, "recipe": recipe.name, **row}) + "\n")
+
+
+def _row(line: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+        return {"key": str(row["key"]), **row}
+    except (ValueError, KeyError, TypeError) as error:
+        # The last line of a search that was killed while writing.
+        return {"key": "", "error": str(error)}
+
+
+def _key(recipe: Recipe, item: Item, what: str) -> str:
+    text = json.dumps([to_json(recipe.rules), recipe.branches, list(item), what])
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+class Scorer:
+    """Runs recipes on items."""
+
+    def __init__(self, stage: Stage, ledger: Ledger, memory: Memory) -> None:
+        self.stage, self.ledger, self.memory = stage, ledger, memory
+        self.references: dict[Item, NDArray[np.float32]] = {}
+        """Uncached final latents."""
+        self.pictures: dict[Item, Picture] = {}
+        """Uncached pictures."""
+
+    def distance(self, recipe: Recipe, items: Sequence[Item]) -> list[float]:
+        """Per item the final latents' distance in dB: -20 log10 of the relative L2 error."""
+        return [self._distance(recipe, item) for item in items]
+
+    def beats(
+        self, recipe: Recipe, items: Sequence[Item], best: Sequence[float]
+    ) -> list[float] | None:
+        """As `distance`, or None as soon as it is clear that it is no better than `best`."""
+        order = sorted(range(len(items)), key=lambda i: best[i])
+        found: dict[int, float] = {}
+        for i in order:
+            found[i] = self._distance(recipe, items[i])
+            if 2 * len(found) == len(order) and len(found) > 1:
+                so_far = tail_aware([best[k] for k in found])
+                if tail_aware(list(found.values())) < so_far - _CLEAR_DB:
+                    return None
+        return [found[i] for i in range(len(items))]
+
+    def _distance(self, recipe: Recipe, item: Item) -> float:
+        known = self.memory.find(recipe, item, "latents")
+        if known is None:
+            self.ledger.check()
+            with api.enabled(self.stage.pipe, recipe):
+                found = self.stage.latents(item)
+            self.ledger.charge(found.seconds)
+            decibels = decibels_of(final_of(found), self.references[item])
+            known = {"db": decibels, "seconds": found.seconds}
+            self.memory.keep(recipe, item, "latents", known)
+        return float(known["db"])
+
+    def figures(self, recipe: Recipe, items: Sequence[Item], goal: Goal) -> list[float]:
+        """Per item the goal's figure of the decoded picture, larger is nearer."""
+        return [self._figure(recipe, item, goal) for item in items]
+
+    def _figure(self, recipe: Recipe, item: Item, goal: Goal) -> float:
+        known = self.memory.find(recipe, item, goal.name)
+        if known is None:
+            reference = self.picture(item)
+            self.ledger.check()
+            with api.enabled(self.stage.pipe, recipe):
+                found = self.stage.full(item)
+            self.ledger.charge(found.seconds)
+            if found.picture is None:
+                raise RuntimeError("a render without a picture")
+            known = {"figure": goal.figure(found.picture, reference), "seconds": found.seconds}
+            self.memory.keep(recipe, item, goal.name, known)
+            if item in self.references:
+                decibels = decibels_of(final_of(found), self.references[item])
+                row = {"db": decibels, "seconds": found.seconds}
+                self.memory.keep(recipe, item, "latents", row)
+        return float(known["figure"])
+
+    def picture(self, item: Item) -> Picture:
+        """The uncached picture of an item."""
+        if item not in self.pictures:
+            self.ledger.check()
+            found = self.stage.full(item)
+            self.ledger.charge(found.seconds, is_uncached=True)
+            if found.picture is None:
+                raise RuntimeError("a render without a picture")
+            self.pictures[item] = found.picture
+            self.references.setdefault(item, final_of(found))
+        return self.pictures[item]
+
+
+def decibels_of(latents: NDArray[Any], reference: NDArray[Any]) -> float:
+    """-20 log10 of the relative L2 error, at most 120.
+
+    Raises:
+        BlockCacheError: the uncached latents are all zero or not finite.
+    """
+    size = float(np.mean(np.square(reference, dtype=np.float64)))
+    if not size > 0 or not np.isfinite(size):
+        raise BlockCacheError(
+            "the uncached run ends in latents that are all zero or not finite; check the pipeline"
+        )
+    error = float(np.mean(np.square(latents.astype(np.float64) - reference)))
+    if not np.isfinite(error):
+        return -_CAP_DB
+    return _CAP_DB if error == 0 else min(_CAP_DB, -10 * float(np.log10(error / size)))

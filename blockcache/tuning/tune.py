@@ -1,0 +1,572 @@
+"""Ask for quality or speed, get the fastest plan that gives it.
+
+1. Trace: every calibration prompt once, uncached.
+2. Screen: from the Gram matrix of the model's output, the most promising masks of every budget.
+3. Locate the budget by bisection with the user's own figure on the calibration prompts.
+4. Score candidates there by real runs on the final latents, climb, and go to smaller budgets for as
+   long as the goal is reached.
+5. Check on prompts that had no part in any of this, from the fastest plan to slower ones, until one
+   holds with the confidence asked for; the error is divided over the plans that are looked at.
+
+The plan says what it reached there, what it cost to find, and which rival would have done as well.
+"""
+
+import logging
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from blockcache import api
+from blockcache.errors import BlockCacheError
+from blockcache.plan import MaskTable, Plan, Recipe, Rule, Site, Taylor
+from blockcache.plan.paths import Path as Mask
+from blockcache.plan.trace import Trace
+from blockcache.tuning import quality
+from blockcache.tuning.compare import Rivals, trial_of
+from blockcache.tuning.goal import Goal, Measure, goal_from
+from blockcache.tuning.scoring import Exhausted, Ledger, Memory, Scorer
+from blockcache.tuning.screening import Screen
+from blockcache.tuning.search import Found, Search
+from blockcache.tuning.stage import Item, Stage, items_of
+from blockcache.tuning.trace import only_denoiser, trace_items
+
+logger = logging.getLogger("blockcache")
+
+Effort = Literal["full", "quick"]
+
+CALIBRATION = 8
+"""Prompts the search works on, at most; the others are for the check."""
+_FEWEST_STEPS = 8
+_LEAST_BUDGET = 3
+_PASSES = {"full": 25.0, "quick": 8.0}
+_RESERVED = {"full": 9.0, "quick": 3.0}
+"""Of those, what the check, the timing and the rivals need."""
+_FIRST_CLIMB = {"full": 24, "quick": 5}
+_NEXT_CLIMB = {"full": 10, "quick": 2}
+_MOST_CHECKS = 4
+_RIVAL_ITEMS = 8
+_TIMED_RUNS = 3
+_SPEED_MARGIN = 1.02
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a tuning is.
+
+    doing: one line. runs, most_runs: cost in uncached runs so far, and the limit. seconds_left: at
+    most, as far as can be told.
+    """
+
+    doing: str
+    runs: float
+    most_runs: float
+    seconds_left: float
+
+
+@dataclass(frozen=True)
+class Shape:
+    """How a mask becomes a recipe: the axes of the search besides the mask."""
+
+    name: str
+    rule: Callable[[MaskTable], Rule]
+
+
+SHAPES = (
+    Shape("residual of the stack", lambda table: Rule(Site("stack"), table, Taylor(1))),
+    Shape("output of the stack", lambda table: Rule(Site("stack"), table, Taylor(1), (), "output")),
+    Shape("output of the model", lambda table: Rule(Site("model"), table, Taylor(1), (), "output")),
+    Shape("residual, quadratic", lambda table: Rule(Site("stack"), table, Taylor(2))),
+)
+_CHEAPEST = "output of the model"
+_CHEAPEST_BONUS_DB = 0.5
+
+
+def tune(
+    pipe: Any,
+    prompts: Sequence[str],
+    *,
+    psnr: float | None = None,
+    ssim: float | None = None,
+    lpips: float | None = None,
+    speedup: float | None = None,
+    metric: tuple[Measure, float] | None = None,
+    share: float = 0.5,
+    confidence: float = 0.9,
+    effort: Effort = "full",
+    seeds: Sequence[int] | None = None,
+    work: str | Path | None = None,
+    max_runs: float | None = None,
+    minutes: float | None = None,
+    rivals: Rivals | None = None,
+    on_progress: Callable[[Progress], None] | None = None,
+    **call_kwargs: Any,
+) -> Plan:
+    """The fastest plan whose pictures are near enough to the uncached ones.
+
+    Ctrl-C returns the best plan so far. The pipeline is left disabled.
+
+    Args:
+        pipe: A pipeline with one denoiser.
+        prompts: The kind of prompts the plan is for, 24 or more if possible: the first third (8 at
+            most) is searched on, the others check. Of few prompts, the check uses other seeds.
+        psnr: The goal in dB, against the uncached picture of the same seed; useful 28 to 45.
+        ssim: Or the goal as structural similarity, useful 0.9 to 0.99.
+        lpips: Or as LPIPS, which needs its weights on disk.
+        speedup: In the place of a quality: the best plan at this speed.
+        metric: A figure of your own: a function of (picture, uncached picture), larger is nearer,
+            and what it has to reach.
+        share: Of new pictures that have to reach the goal; 0.5 promises the median.
+        confidence: One-sided, of that promise.
+        effort: "full" costs at most 25 times an uncached pass over the calibration prompts, "quick"
+            8 times.
+        seeds: One per prompt; 0, 1, ... if None.
+        work: Folder for trace and measurements; an interrupted tuning goes on from there.
+        max_runs: Limit on the cost, in uncached runs.
+        minutes: Limit on the time.
+        rivals: Called with the chosen plan's findings, gives other ways to race against it, for
+            example `blockcache.pipelines.samplers.rivals`.
+        on_progress: Called after each run.
+        call_kwargs: Passed to every pipeline call.
+
+    Returns:
+        A plan. `reached["met"]` is 1 if the goal holds, 0 if this is only the closest; `note` says
+        it in words.
+
+    Raises:
+        BlockCacheError: no goal or several, a goal that cannot be, no prompts, too few steps.
+        UnsupportedModelError: no denoiser, or two.
+    """
+    goal = goal_from(psnr, ssim, lpips, speedup, metric, share)
+    if not 0.5 <= confidence < 1:
+        raise BlockCacheError(f"confidence must lie between 0.5 and 1, found {confidence}")
+    if effort not in _PASSES:
+        raise BlockCacheError(f"effort must be one of {', '.join(_PASSES)}, found {effort!r}")
+    stage = Stage(pipe, call_kwargs, "tune")
+    if stage.steps < _FEWEST_STEPS:
+        raise BlockCacheError(
+            f"a run of {stage.steps} steps leaves nothing to tune (at least {_FEWEST_STEPS})"
+        )
+    only_denoiser(pipe)
+    calibration, check = split(items_of(prompts, seeds))
+    tuner = _Tuner(stage, goal, confidence, effort, calibration, check, on_progress)
+    tuner.limit(max_runs, minutes)
+    return tuner.run(None if work is None else Path(work), rivals)
+
+
+def split(items: Sequence[Item]) -> tuple[list[Item], list[Item]]:
+    """Calibration items, and twice as many for the check; no seed is used twice.
+
+    Where there are too few prompts for that, the check repeats prompts with other seeds.
+    """
+    count = min(CALIBRATION, max(1, (len(items) + 1) // 3))
+    calibration, rest = list(items[:count]), list(items[count:])
+    repeated = {p for p, _ in rest} & {p for p, _ in calibration}
+    if repeated:
+        logger.warning(
+            "%d prompts are in the calibration and in the check, too: the promise is for these "
+            "prompts with other seeds, not for other prompts",
+            len(repeated),
+        )
+    if not rest:
+        logger.warning("one prompt only: the promise is for this prompt with other seeds")
+        rest = calibration
+    free = max(seed for _, seed in items) + 1
+    check = [item for item in rest if item not in calibration][: 2 * count]
+    while len(check) < 2 * count:
+        check.append((rest[len(check) % len(rest)][0], free))
+        free += 1
+    return calibration, check
+
+
+@dataclass
+class _Best:
+    """The answer so far."""
+
+    found: Found | None = None
+    figures: list[float] = field(default_factory=list)
+    """On the check items."""
+    is_met: bool = False
+    why: str = "nothing was found yet"
+
+
+class _Tuner:
+    def __init__(
+        self,
+        stage: Stage,
+        goal: Goal,
+        confidence: float,
+        effort: Effort,
+        calibration: list[Item],
+        check: list[Item],
+        on_progress: Callable[[Progress], None] | None,
+    ) -> None:
+        self.stage, self.goal, self.confidence, self.effort = stage, goal, confidence, effort
+        self.calibration, self.check = calibration, check
+        self.doing = "tracing"
+        self.best = _Best()
+        self.floor_db = quality.CAP_DB
+        self.shape = SHAPES[0]
+        self._report = on_progress
+        self._started = time.monotonic()
+        self.ledger = Ledger(note=self._progress)
+        self._reserved = _RESERVED[effort] * len(calibration)
+
+    def limit(self, max_runs: float | None, minutes: float | None) -> None:
+        """Set the limits."""
+        most = _PASSES[self.effort] * len(self.calibration)
+        self.ledger.most_runs = most if max_runs is None else min(most, max_runs)
+        if minutes is not None:
+            self.ledger.deadline = self._started + 60 * minutes
+
+    def _progress(self, ledger: Ledger) -> None:
+        if self._report is None:
+            return
+        most = ledger.most_runs
+        left = max(0.0, (most - ledger.runs) * ledger.run_s)
+        self._report(Progress(self.doing, ledger.runs, most, left))
+
+    def run(self, work: Path | None, rivals: Rivals | None) -> Plan:
+        """All of it."""
+        if work is not None:
+            work.mkdir(parents=True, exist_ok=True)
+        try:
+            self._prepare(work)
+            self._search_and_check()
+        except KeyboardInterrupt:
+            if self.best.found is None:
+                raise
+            self.best.why = "interrupted before it could be checked"
+        except Exhausted as limit:
+            if self.best.found is None:
+                raise BlockCacheError(f"{limit} before anything was found; allow more") from None
+            self.best.why = f"not checked: {limit}"
+        finally:
+            api.disable(self.stage.pipe)
+        return self._plan(rivals)
+
+    # ---- trace and screen ----------------------------------------------------------------------
+
+    def _prepare(self, work: Path | None) -> None:
+        memory = Memory(None if work is None else work / "runs.jsonl")
+        self.scorer = Scorer(self.stage, self.ledger, memory)
+        started = time.perf_counter()
+        self.trace = trace_items(
+            self.stage,
+            self.calibration,
+            None if work is None else work / "trace",
+            ("model",),
+            on_picture=self.scorer.pictures.__setitem__,
+        )
+        self.ledger.learn(self.trace.milliseconds["run"] / 1e3)
+        self.ledger.charge(time.perf_counter() - started)
+        for item, latents in zip(self.calibration, self.trace.latents, strict=True):
+            self.scorer.references[item] = latents
+        self._measure_floor()
+        self.screen = Screen(self.trace)
+        self.search = Search(self.screen, self.scorer, self.calibration, self._recipe)
+
+    def _measure_floor(self) -> None:
+        """A pipeline that does not repeat itself cannot promise more than it keeps."""
+        item = self.calibration[0]
+        first = self.scorer.picture(item)
+        again = self.stage.render(item)
+        self.ledger.charge(again.seconds, is_uncached=True)
+        if again.picture is None:
+            raise RuntimeError("a render without a picture")
+        self.floor_db = quality.psnr(again.picture, first)
+        if self.floor_db >= quality.CAP_DB:
+            return
+        floor = self.goal.figure(again.picture, first)
+        if self.goal.speedup is None and not self.goal.reaches(floor):
+            raise BlockCacheError(
+                f"two uncached runs of one seed are {self.floor_db:.1f} dB apart here, so no plan "
+                f"can promise {self.goal.words()}; make the pipeline deterministic"
+            )
+        logger.warning("two uncached runs of one seed are %.1f dB apart", self.floor_db)
+
+    def _recipe(self, computed: Mask) -> Recipe:
+        table = MaskTable((tuple(map(int, computed)),), self.screen.total, self.trace.sigmas)
+        return Recipe((self.shape.rule(table),), name=f"tuned {len(computed)}/{self.screen.total}")
+
+    # ---- search --------------------------------------------------------------------------------
+
+    def _search_and_check(self) -> None:
+        reserved = min(self._reserved, self.ledger.most_runs / 2)
+        self.ledger.most_runs -= reserved
+        ladder: list[Found] = []
+        try:
+            ladder = self._ladder() if self.goal.speedup is None else [self._fastest()]
+        except Exhausted:
+            if self.best.found is None:
+                raise
+            ladder = [self.best.found]
+        self.ledger.most_runs += reserved
+        self._check(ladder)
+
+    def _ladder(self) -> list[Found]:
+        """Plans that reach the goal on the calibration items, the fastest first."""
+        budget = self._locate()
+        found = self._refine(budget, (), _FIRST_CLIMB[self.effort])
+        found = self._choose_shape(found)
+        ladder: list[Found] = []
+        while self._reaches(found):
+            ladder.insert(0, found)
+            self.best.found = found
+            if len(found.computed) <= _LEAST_BUDGET:
+                return ladder
+            shorter = self.search.shorter(found.computed)
+            found = self._refine(len(shorter), (("shortened", shorter),), _NEXT_CLIMB[self.effort])
+        while not ladder:
+            if len(found.computed) >= self.screen.total - 1:
+                return [found]
+            longer = self.search.longer(found.computed)
+            found = self._refine(len(longer), (("lengthened", longer),), _NEXT_CLIMB[self.effort])
+            if self._reaches(found):
+                ladder.append(found)
+        return ladder
+
+    def _locate(self) -> int:
+        """The least budget at which the screen's own mask reaches the goal."""
+        self.doing = "locating the budget"
+        low, high = _LEAST_BUDGET, self.screen.total - 1
+        while low < high:
+            # Nearer the fast end: plans there are the likely ones, and cheaper to try.
+            middle = low + max(1, (high - low) // 3) - (1 if high - low == 1 else 0)
+            origin, computed = self._screened(middle)
+            figures = self.scorer.figures(self._recipe(computed), self.calibration, self.goal)
+            if self._is_enough(figures):
+                high = middle
+            else:
+                low = middle + 1
+        return low
+
+    def _screened(self, budget: int) -> tuple[str, Mask]:
+        masks = [(c.origin, c.computed) for c in self.screen.candidates(budget)]
+        return masks[1 if len(masks) > 2 else 0]
+
+    def _is_enough(self, figures: Sequence[float]) -> bool:
+        return self.goal.reaches(self.goal.typical(figures))
+
+    def _reaches(self, found: Found) -> bool:
+        recipe = self._recipe(found.computed)
+        return self._is_enough(self.scorer.figures(recipe, self.calibration, self.goal))
+
+    def _refine(self, budget: int, more: Sequence[tuple[str, Mask]], climb: int) -> Found:
+        self.doing = f"searching {budget} of {self.screen.total} steps"
+        masks = [(c.origin, c.computed) for c in self.screen.candidates(budget)]
+        found = self.search.best_of([*more, *masks])
+        if self.best.found is None:
+            self.best.found = found
+        return self.search.climb(found, climb)
+
+    def _choose_shape(self, found: Found) -> Found:
+        """The best way to reuse, on the mask found with the first one."""
+        self.doing = "choosing what is reused"
+        best, best_shape = found, self.shape
+        for shape in SHAPES[1:]:
+            self.shape = shape
+            recipe = self._recipe(found.computed)
+            bonus = _CHEAPEST_BONUS_DB if shape.name == _CHEAPEST else 0.0
+            handicapped = [decibels - bonus for decibels in best.decibels]
+            decibels = self.scorer.beats(recipe, self.calibration, handicapped)
+            if decibels is None:
+                continue
+            tried = Found(found.origin, found.computed, tuple(decibels))
+            if tried.score + bonus > best.score:
+                best, best_shape = tried, shape
+        self.shape = best_shape
+        if best is not found:
+            # What was tried belongs to another way of reusing.
+            self.search.tried = {best.computed: best}
+        return best
+
+    def _fastest(self) -> Found:
+        """The best plan at the speed asked for."""
+        wanted = float(self.goal.speedup or 1.0)
+        budget = self._budget_for(wanted)
+        found = self._refine(budget, (), _FIRST_CLIMB[self.effort])
+        found = self._choose_shape(found)
+        self.best.found = found
+        while (speed := self._speed(found)) < wanted and len(found.computed) > _LEAST_BUDGET:
+            # A step less, or as many as it takes.
+            over = len(found.computed) * (1 - speed / wanted)
+            computed = found.computed
+            for _ in range(max(1, int(over))):
+                computed = self.search.shorter(computed)
+            climb = _NEXT_CLIMB[self.effort]
+            found = self._refine(len(computed), (("shortened", computed),), climb)
+            self.best.found = found
+        return found
+
+    def _budget_for(self, speedup: float) -> int:
+        ms, total = self.trace.milliseconds, self.screen.total
+        free = ms["run"] / (speedup * _SPEED_MARGIN) - ms["fixed"] - total * ms["reused"]
+        budget = int(free / max(1e-9, ms["computed"] - ms["reused"]))
+        if budget < _LEAST_BUDGET:
+            most = ms["run"] / (ms["fixed"] + total * ms["reused"] + 3 * ms["computed"])
+            raise BlockCacheError(
+                f"{speedup:g}x cannot be reached by reusing steps here: the parts that always run "
+                f"allow {most:.1f}x at most"
+            )
+        return min(total - 1, budget)
+
+    def _speed(self, found: Found) -> float:
+        """Times as fast as uncached, measured in turns on the whole call."""
+        item, recipe = self.calibration[0], self._recipe(found.computed)
+        pairs = []
+        for _ in range(_TIMED_RUNS):
+            plain = self.stage.render(item).seconds
+            with api.enabled(self.stage.pipe, recipe):
+                cached = self.stage.render(item).seconds
+            self.ledger.charge(plain, is_uncached=True)
+            self.ledger.charge(cached)
+            pairs.append((plain, cached))
+        self.seconds = (
+            statistics.median(p for p, _ in pairs),
+            statistics.median(c for _, c in pairs),
+        )
+        return self.seconds[0] / self.seconds[1]
+
+    # ---- check ---------------------------------------------------------------------------------
+
+    def _check(self, ladder: Sequence[Found]) -> None:
+        self.doing = "checking on other prompts"
+        waiting, level = list(ladder), 1 - self.confidence
+        for attempt in range(_MOST_CHECKS):
+            found = waiting.pop(0)
+            figures = self.scorer.figures(self._recipe(found.computed), self.check, self.goal)
+            self.best = _Best(found, figures)
+            if self.goal.speedup is not None:
+                self.best.is_met = True
+                return
+            # A half, a quarter, ... of the error allowed: in all no more than that.
+            level /= 2
+            if self.goal.holds(figures, 1 - level):
+                self.best.is_met = True
+                return
+            self.best.why = "the goal does not hold on other prompts"
+            if attempt + 1 < _MOST_CHECKS and not waiting:
+                waiting.append(self._slower(found, figures))
+
+    def _slower(self, found: Found, figures: Sequence[float]) -> Found:
+        """The next plan to check: more steps the farther the last one was off."""
+        short = self.goal.sign * self.goal.target - self.goal.typical(figures)
+        extra = 1 if self.goal.name != "psnr_db" else max(1, round(short / 2))
+        computed = found.computed
+        for _ in range(min(extra, self.screen.total - 1 - len(computed))):
+            computed = self.search.longer(computed)
+        return self._refine(len(computed), (("lengthened", computed),), 0)
+
+    # ---- the answer ----------------------------------------------------------------------------
+
+    def _plan(self, rivals: Rivals | None) -> Plan:
+        found = self.best.found
+        if found is None:
+            raise RuntimeError("no plan")
+        recipe = self._recipe(found.computed)
+        words = []
+        try:
+            self.doing = "timing"
+            speed = self._speed(found)
+            if self.goal.speedup is not None and speed < self.goal.speedup:
+                self.best.is_met, self.best.why = False, f"measured {speed:.2f}x"
+            if rivals is not None and self.best.figures and self.effort == "full":
+                words = self._race(rivals, recipe)
+        except (KeyboardInterrupt, Exhausted):
+            speed = float("nan")
+        reached = self._reached(speed)
+        plan = Plan(recipe, self.trace.fingerprint, self.screen.total, reached, "")
+        note = self._note(plan, found, speed, words)
+        if not self.best.is_met:
+            logger.warning("%s", note.splitlines()[0])
+        return Plan(recipe, self.trace.fingerprint, self.screen.total, reached, note)
+
+    def _reached(self, speed: float) -> dict[str, float]:
+        goal, figures = self.goal, [self.goal.sign * f for f in self.best.figures]
+        found = {"met": float(self.best.is_met), "confidence": self.confidence}
+        if goal.speedup is None:
+            found |= {"target": goal.target, "share": goal.share}
+        else:
+            found["target_speedup"] = goal.speedup
+        if figures:
+            worst = min(figures) if goal.sign > 0 else max(figures)
+            typical = goal.sign * goal.typical(self.best.figures)
+            found |= {
+                f"{goal.name}_median": float(np.median(figures)),
+                f"{goal.name}_mean": float(np.mean(figures)),
+                f"{goal.name}_worst": worst,
+                "checked": float(len(figures)),
+            }
+            if goal.speedup is None:
+                found["margin"] = goal.sign * (typical - goal.target)
+        if np.isfinite(speed):
+            found["speedup"] = speed
+        passes = self.ledger.runs / len(self.calibration)
+        minutes = (time.monotonic() - self._started) / 60
+        return {
+            **found,
+            "calibrated": float(len(self.calibration)),
+            "determinism_floor_db": self.floor_db,
+            "passes": passes,
+            "minutes": minutes,
+        }
+
+    def _note(self, plan: Plan, found: Found, speed: float, words: Sequence[str]) -> str:
+        goal, reached = self.goal, plan.reached
+        head = f"tuned for {goal.words()}"
+        if not self.best.is_met:
+            head += f": NOT MET, this is the closest ({self.best.why})"
+        lines = [head]
+        if self.best.figures:
+            lines.append(
+                f"on {len(self.best.figures)} other pictures: "
+                f"median {reached[f'{goal.name}_median']:.4g}, "
+                f"worst {reached[f'{goal.name}_worst']:.4g}"
+            )
+        lines.append(
+            f"{len(found.computed)} of {self.screen.total} steps computed, {self.shape.name} "
+            f"reused; mask {found.origin}"
+        )
+        lines.append(
+            f"found in {reached['passes']:.1f} uncached passes, {reached['minutes']:.1f} min"
+        )
+        return "\n".join([*lines, *words])
+
+    def _race(self, rivals: Rivals, recipe: Recipe) -> list[str]:
+        """What other ways give in the same time, on the first items of the check."""
+        self.doing = "racing the rivals"
+        items = self.check[:_RIVAL_ITEMS]
+        started = time.perf_counter()
+        trial = trial_of(self.stage, recipe, items[0])
+        arms = rivals(trial)
+        self.ledger.charge(time.perf_counter() - started)
+        ours = self.goal.typical(self.best.figures[: len(items)])
+        lines = []
+        for arm in arms:
+            if arm.objection:
+                continue
+            figures, seconds = [], []
+            for item in items:
+                with arm.within():
+                    found = self.stage.render(item, arm.steps)
+                self.ledger.charge(found.seconds)
+                if found.picture is None:
+                    raise RuntimeError("a render without a picture")
+                figures.append(self.goal.figure(found.picture, self.scorer.picture(item)))
+                seconds.append(found.seconds)
+            typical, spent = self.goal.typical(figures), statistics.median(seconds)
+            is_better = typical >= ours and spent <= self.seconds[1] * _SPEED_MARGIN
+            if is_better:
+                lines.append(
+                    f"rival {arm.name} ({arm.steps} steps) is as fast and nearer: "
+                    f"{self.goal.sign * typical:.4g} against {self.goal.sign * ours:.4g}"
+                )
+        return lines or ["no rival (fewer steps, other solvers) came as near in the same time"]
+
+
+__all__ = ["Effort", "Progress", "Trace", "split", "tune"]

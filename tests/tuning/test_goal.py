@@ -1,0 +1,83 @@
+import itertools
+import math
+
+import numpy as np
+import pytest
+
+from blockcache.errors import BlockCacheError
+from blockcache.tuning.goal import chance, goal_from
+from blockcache.tuning.scoring import tail_aware
+
+
+def goal(share=0.5, **asked):
+    given = dict.fromkeys(("psnr", "ssim", "lpips", "speedup", "metric"))
+    return goal_from(**{**given, **asked}, share=share)
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({}, "give one goal of .* found none"),
+        ({"psnr": 30, "ssim": 0.9}, "found psnr, ssim"),
+        ({"psnr": math.nan}, r"psnr must lie in 5..90 .* found nan"),
+        ({"psnr": 200}, "only identical pictures are beyond"),
+        ({"psnr": math.inf}, "found inf"),
+        ({"psnr": "32"}, "found '32'"),
+        ({"ssim": 1.0}, "1 is identical"),
+        ({"speedup": 0.5}, "1 is no gain"),
+        ({"speedup": math.nan}, "found nan"),
+        ({"metric": (lambda a, b: 0.0, math.nan)}, "must be a number"),
+        ({"psnr": 32, "share": 1.0}, "share must lie between 0 and 1"),
+    ],
+)
+def test_goals_that_cannot_be_are_refused(asked, message):
+    with pytest.raises(BlockCacheError, match=message):
+        goal(**asked)
+
+
+def test_chance_is_that_of_coins():
+    for share in (0.5, 0.8):
+        for least in range(5):
+            expected = sum(
+                share ** sum(way) * (1 - share) ** (4 - sum(way))
+                for way in itertools.product((0, 1), repeat=4)
+                if sum(way) >= least
+            )
+            assert chance(least, 4, share) == pytest.approx(expected)
+
+
+def test_a_promise_needs_more_than_half_of_the_pictures():
+    asked = goal(psnr=30)
+    eleven, twelve = [31.0] * 11 + [29.0] * 5, [31.0] * 12 + [29.0] * 4
+    # P(at least 11 of 16 heads) = 10.5 %, at least 12: 3.8 %.
+    assert not asked.holds(eleven, 0.9) and asked.holds(twelve, 0.9)
+    assert not asked.holds([31.0] * 3, 0.9) and asked.holds([31.0] * 4, 0.9)
+    assert asked.holds([30.0] * 4, 0.9)
+
+
+def test_the_promise_is_kept_as_often_as_it_says():
+    """Models whose true median misses the goal by a hair pass at most 10 % of the checks."""
+    asked, chances = goal(psnr=30), np.random.default_rng(0)
+    passed = sum(asked.holds(chances.normal(29.99, 3, 16), 0.9) for _ in range(2000))
+    assert passed / 2000 < 0.1
+
+
+def test_a_larger_share_asks_for_more():
+    strict = goal(share=0.8, psnr=30)
+    assert strict.typical([10.0, 20, 30, 40, 50]) == 10 and goal(psnr=30).typical([1.0, 2, 3]) == 2
+    assert not strict.holds([31.0] * 10, 0.9) and strict.holds([31.0] * 11, 0.9)
+
+
+def test_figures_that_shrink_are_turned_round(monkeypatch):
+    monkeypatch.setattr("blockcache.tuning.quality.lpips_measure", lambda: lambda a, b: 0.2)
+    asked = goal(lpips=0.1)
+    assert asked.figure(np.zeros(1), np.zeros(1)) == -0.2
+    assert asked.reaches(-0.05) and not asked.reaches(-0.2)
+    assert asked.words() == "lpips at most 0.1 in 50% of the pictures"
+
+
+def test_the_objective_sees_the_worst_quarter():
+    even, uneven = [30.0] * 8, [36.0] * 7 + [10.0]
+    assert np.mean(uneven) > np.mean(even) and tail_aware(even) > tail_aware(uneven)
+    assert tail_aware([1.0, 2, 3, 6]) == 0.5 * 3 + 0.5 * 1
+    assert tail_aware([5.0]) == 5.0

@@ -1,0 +1,111 @@
+import numpy as np
+import pytest
+
+from blockcache.plan import MaskTable, Recipe, Rule, Site
+from blockcache.tuning.scoring import Exhausted, Ledger, Memory, tail_aware
+from blockcache.tuning.search import Found, Search
+
+T, GOAL = 20, (0, 2, 4, 7, 11, 15)
+ITEMS = [("a", 0), ("b", 1), ("c", 2), ("d", 3)]
+
+
+def far(computed):
+    """How far a mask is from the one that is best."""
+    return sum(abs(a - b) for a, b in zip(computed, GOAL, strict=True))
+
+
+class Scorer:
+    """Real runs that cost nothing: the nearer to GOAL the more decibels."""
+
+    def __init__(self):
+        self.asked = []
+
+    def distance(self, computed, items):
+        self.asked.append(computed)
+        return [40.0 - far(computed) - 0.1 * i for i in range(len(items))]
+
+    def beats(self, computed, items, best):
+        found = self.distance(computed, items)
+        return found if tail_aware(found) > tail_aware(best) - 0.5 else None
+
+
+class Screen:
+    """A screen that finds all masks alike; sums of steps tell them apart."""
+
+    total = T
+
+    def cost(self, computed, amplification=1.0):
+        return 1.0 + 1e-3 * abs(sum(computed) - sum(GOAL))
+
+
+@pytest.fixture
+def search():
+    return Search(Screen(), Scorer(), ITEMS, make=lambda computed: computed)
+
+
+def test_the_climb_finds_the_best_mask_and_runs_nothing_twice(search):
+    start = search.best_of([("start", (0, 1, 3, 9, 10, 18))])
+    found = search.climb(start, 500)
+    assert found.computed == GOAL and found.origin == "climbed"
+    assert found.decibels == (40.0, 39.9, 39.8, 39.7)
+    assert len(set(search.scorer.asked)) == len(search.scorer.asked)
+
+
+def test_the_climb_stops_at_its_limit(search):
+    start = search.best_of([("start", (0, 1, 3, 9, 10, 18))])
+    search.scorer.asked.clear()
+    search.climb(start, 7)
+    assert len(search.scorer.asked) == 7
+
+
+def test_the_best_of_some_masks_wins(search):
+    masks = [
+        ("far", (0, 1, 2, 3, 4, 5)),
+        ("near", (0, 2, 4, 7, 11, 16)),
+        ("mid", (0, 2, 4, 7, 9, 12)),
+    ]
+    assert search.best_of(masks) == Found("near", masks[1][1], (39.0, 38.9, 38.8, 38.7))
+
+
+def test_hopeless_moves_are_not_run(search, monkeypatch):
+    monkeypatch.setattr(Screen, "cost", lambda self, mask, a=1.0: 1.0 if mask == GOAL else 2.0)
+    start = search.best_of([("start", GOAL)])
+    search.scorer.asked.clear()
+    assert search.climb(start, 100) is start and search.scorer.asked == []
+
+
+def test_one_step_less_or_more(search):
+    assert set(search.shorter(GOAL)) < set(GOAL) and len(search.shorter(GOAL)) == len(GOAL) - 1
+    assert set(search.longer(GOAL)) > set(GOAL) and len(search.longer(GOAL)) == len(GOAL) + 1
+    assert search.shorter(GOAL)[0] == 0
+
+
+def test_the_ledger_counts_in_uncached_runs_and_stops():
+    ledger = Ledger(most_runs=3.0)
+    assert ledger.runs == 0
+    ledger.learn(2.0)
+    ledger.charge(1.0)
+    assert ledger.runs == 0.5
+    ledger.charge(2.0, is_uncached=True)
+    ledger.charge(3.0)
+    ledger.check()
+    ledger.charge(0.5)
+    with pytest.raises(Exhausted, match="limit of 3 runs"):
+        ledger.check()
+    with pytest.raises(Exhausted, match="time limit"):
+        Ledger(deadline=0.0).check()
+
+
+def test_memory_survives_a_search_that_was_killed_while_writing(tmp_path):
+    file = tmp_path / "runs.jsonl"
+    recipes = [Recipe((Rule(Site(), MaskTable(((0, k),), 5)),)) for k in (1, 2)]
+    memory = Memory(file)
+    for k, recipe in enumerate(recipes):
+        memory.keep(recipe, ("a", 0), "latents", {"db": float(k)})
+    file.write_text(file.read_text() + '{"key": "half a li')
+    again = Memory(file)
+    assert again.find(recipes[0], ("a", 0), "latents")["db"] == 0.0
+    assert again.find(recipes[1], ("a", 0), "latents")["db"] == 1.0
+    assert again.find(recipes[1], ("a", 1), "latents") is None
+    assert again.find(recipes[1], ("a", 0), "psnr_db") is None
+    assert np.isfinite(again.find(recipes[0], ("a", 0), "latents")["db"])
