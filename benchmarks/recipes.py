@@ -25,7 +25,7 @@ from blockcache.plan import Recipe
 from blockcache.plan.trace import Trace
 from blockcache.tuning.compare import Arm, Trial, compare
 from blockcache.tuning.comparison import Comparison, Entry
-from blockcache.tuning.scoring import latent_error
+from blockcache.tuning.runs import latent_error, with_segments
 
 RESULTS = Path(__file__).resolve().parent / "results" / "recipes.json"
 PLOT = Path(__file__).resolve().parent.parent / "docs" / "images" / "recipes.png"
@@ -153,6 +153,16 @@ def _with_unipc(pipe: Any) -> Any:
     return samplers.swapped(pipe, samplers.unipc(pipe.scheduler))
 
 
+def traced(pipe: Any, prompts: Sequence[str], call: dict[str, Any], folder: Path | None) -> Trace:
+    """The calibration of all recipes, kept in `folder` if there is one."""
+    if folder is not None and (folder / "trace.json").is_file():
+        return Trace.load(folder)
+    trace = with_segments(pipe, blockcache.trace(pipe, prompts, **call), SPAN)
+    if folder is not None:
+        trace.save(folder)
+    return trace
+
+
 def is_on_front(point: dict[str, Any], others: Sequence[dict[str, Any]], figure: str) -> bool:
     """Whether nobody is both faster and better (by the "median" or "worst" prompt)."""
     return not any(
@@ -229,8 +239,7 @@ def main(only: tuple[str, ...], file: Path, folder: Path | None) -> None:
     chosen = models.find("tiny-image")
     pipe = models.load(chosen, torch.device("cpu"))
     prompts = held_out_prompts(CALIBRATION, CALIBRATION_SEED)
-    scopes = ("model", "stack", "block", "attn", "cross", "mlp", "time")
-    trace = blockcache.trace(pipe, prompts, out=folder, scopes=scopes, segments=SPAN, **chosen.call)
+    trace = traced(pipe, prompts, chosen.call, folder)
     score = latent_error(pipe, prompts[:2], **chosen.call)
     known = json.loads(file.read_text())["recipes"] if file.is_file() else {}
     for name in only or (*SWEEPS, "fewer steps"):

@@ -1,4 +1,4 @@
-"""What sparse-attention methods are made of and what they keep: `python -m benchmarks.sparse_table`.
+"""What sparse methods are made of and what they keep: `python -m benchmarks.sparse_table`.
 
 The first table comes from the planners' own cards. The second is measured on structured synthetic
 queries and keys, with heads that look nearby, inside their frame, along time, at a few sinks, and

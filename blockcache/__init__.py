@@ -18,6 +18,7 @@ from blockcache.errors import (
 from blockcache.plan import Plan, Recipe, Rule, Site, Sparse
 from blockcache.tuning.compare import compare
 from blockcache.tuning.comparison import Comparison
+from blockcache.tuning.correction import distilled, scale_shift
 from blockcache.tuning.trace import trace
 from blockcache.tuning.tune import tune
 
@@ -38,10 +39,12 @@ __all__ = [
     "UnsupportedModelError",
     "compare",
     "disable",
+    "distilled",
     "enable",
     "enabled",
     "plan_for",
     "recipes",
+    "scale_shift",
     "summary",
     "trace",
     "tune",

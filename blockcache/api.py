@@ -76,10 +76,12 @@ def enable(target: T, what: What = "balanced", *, scheduler: Any = None, group: 
     disable(target)
     for model, runner in prepared:
         runner.siblings = [other for _, other in prepared if other is not runner]
-        is_compiled = is_compiled_whole(target, model)
+        hides_blocks = _is_wrapped(target, model) or (
+            model._compiled_call_impl is not None and not runner.needs_no_blocks
+        )
         blocks = [block.module for block in runner.blocks]
         Attachment(runner, model, blocks, [part.module for part in runner.parts])
-        if is_compiled:
+        if hides_blocks:
             runner.say(COMPILED_WHOLE)
         name, count = type(model).__name__, len(runner.blocks)
         logger.info("%s: enabled %s on %d blocks", name, runner.recipe.name, count)
@@ -212,11 +214,10 @@ def attachments(target: Any) -> dict[str, Attachment]:
     return {name: attachment for name, attachment in found.items() if attachment is not None}
 
 
-def is_compiled_whole(target: Any, model: nn.Module) -> bool:
-    """Whether the denoiser is wrapped by torch.compile, or compiled in place."""
+def _is_wrapped(target: Any, model: nn.Module) -> bool:
+    """Whether the denoiser is wrapped by torch.compile: it then traces past every hook."""
     parts = (target, *(getattr(target, name, None) for name in _DENOISERS))
-    is_wrapped = any(getattr(part, "_orig_mod", None) is model for part in parts)
-    return is_wrapped or model._compiled_call_impl is not None
+    return any(getattr(part, "_orig_mod", None) is model for part in parts)
 
 
 def _runner(model: nn.Module, chosen: Recipe | Plan, scheduler: Any, group: Any) -> Runner:

@@ -169,6 +169,7 @@ def _example_trace() -> Trace:
         unet=False,
         sites={Place(scope, i, kind, "0"): site for scope, i, kind in places},
         latents=np.zeros((1, 1), np.float32),
+        early=np.zeros((1, 0), np.float32),
         milliseconds={},
         block_ms=(1.0,) * blocks,
         segments=l1[0],

@@ -231,6 +231,12 @@ class Runner:
     # ---- runs, steps, branches -----------------------------------------------------------------
 
     @property
+    def needs_no_blocks(self) -> bool:
+        """Whether it only reuses the denoiser's own output, so that it may be compiled whole."""
+        scopes = {rule.site.scope for rule in self.recipe.rules}
+        return scopes == {"model"}
+
+    @property
     def _tracker(self) -> Tracker:
         if not hasattr(self._local, "tracker"):
             self._local.tracker = Tracker()
@@ -557,18 +563,20 @@ class Runner:
 
     def _finish_watch(self, forward: Forward) -> None:
         branch = forward.branch
-        if forward.watch is None or not forward.called:
-            branch.wiring = Wiring({}, (), (len(self.blocks),), frozenset())
-            self.say(COMPILED_WHOLE)
-            return
+        watch = forward.watch
+        if watch is None:
+            raise RuntimeError("not watching")
         try:
-            refused = branch.wire(forward.watch.wiring(), forward.seen)
+            refused = branch.wire(watch.wiring(), forward.seen)
         except ValueError as error:
             branch.wiring = Wiring({}, tuple(forward.called), (len(self.blocks),), frozenset())
             self.say(f"{error}; nothing is reused there")
             return
-        for why in refused:
-            self.say(f"a site is left out, {why}")
+        if forward.called:
+            for why in refused:
+                self.say(f"a site is left out, {why}")
+        elif not self.needs_no_blocks:
+            self.say(COMPILED_WHOLE)
         self._check_rows(branch)
         for unit in branch.units:
             self._store_watched(forward, unit)
@@ -637,7 +645,7 @@ class Runner:
             is_computed = cell.part in parts and cell.part not in reused
             cell.streak = 0 if is_computed else cell.streak + 1
         skipped = frozenset(branch.called) if forward.is_whole else course.skipped
-        branch.stats.record(len(forward.called), skipped)
+        branch.stats.record(len(forward.called), skipped, bool(skipped) or forward.is_whole)
         covered = [number for number in forward.parts if branch.cells_of(number)]
         branch.stats.record_parts(len(covered), sum(number in reused for number in covered))
         branch.stats.decided += forward.decided

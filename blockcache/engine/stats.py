@@ -33,10 +33,10 @@ class BranchStats:
     drift: list[Any] = field(default_factory=list)
     decided: Counter[str] = field(default_factory=Counter)
 
-    def record(self, called: int, skipped: frozenset[int]) -> None:
-        """Count one finished forward."""
+    def record(self, called: int, skipped: frozenset[int], is_reused: bool) -> None:
+        """Count one finished forward; is_reused: anything of it beside sub-layers."""
         self.steps += 1
-        self.computed += not skipped
+        self.computed += not is_reused
         self.block_calls += called
         self.skipped += len(skipped)
         self.map.append(skipped)
@@ -76,8 +76,8 @@ class RunStats:
     attention: AttentionStats | None = None
 
     def reused_anything(self) -> bool:
-        """Whether any block or sub-layer call was not done."""
-        return any(branch.skipped or branch.parts_reused for branch in self.branches)
+        """Whether any call of the denoiser, a block or a sub-layer was not done."""
+        return any(b.computed < b.steps or b.parts_reused for b in self.branches)
 
     def skipped_fraction(self) -> float:
         """Share of the block calls not done; 0 where there were none."""

@@ -33,7 +33,7 @@ def bud_cache(
     """The mask of `budget` of the steps whose real runs end nearest to the uncached one.
 
     score: runs a recipe and gives its error, smaller is better; see
-    `blockcache.tuning.scoring.latent_error`. steps: of the run. budget: share of them
+    `blockcache.tuning.runs.latent_error`. steps: of the run. budget: share of them
     computed. proposals: annealing steps.
     rounds: of steepest descent at most; each tries every neighbour. seed: of the random numbers.
 

@@ -18,15 +18,18 @@ from blockcache.plan.trace import Trace
 def le_mi_ca(trace: Trace, budget: float = 0.3) -> Recipe:
     """Compute `budget` of the steps, those on the path with the smallest largest error.
 
-    trace: made with `segments=`, the longest span in steps, see `blockcache.trace`. The last step
-    is computed. budget: share of the steps computed, useful 0.15 to 0.6.
+    trace: with the errors of single stretches, see `blockcache.tuning.runs.with_segments`. The last
+    step is computed. budget: share of the steps computed, useful 0.15 to 0.6.
 
     Raises:
         PlanError: the trace has no segments, or there is no such path.
     """
     errors = trace.segments
     if not errors.size:
-        raise PlanError("le_mi_ca needs a trace made with segments=<longest span in steps>")
+        raise PlanError(
+            "the trace has no errors of segments; add them with "
+            "blockcache.tuning.runs.with_segments(pipe, trace)"
+        )
     total = len(errors)
     computed = steps_of(budget, total)
     costs = np.full((total, total + 1), np.inf)

@@ -10,6 +10,7 @@ communication.
 """
 
 from blockcache.plan import Every, Recipe, Rule, Site, Within
+from blockcache.plan.sites import Scope
 
 
 def pab(attn: int = 2, cross: int = 6, start: float = 0.1, stop: float = 0.85) -> Recipe:
@@ -18,8 +19,9 @@ def pab(attn: int = 2, cross: int = 6, start: float = 0.1, stop: float = 0.85) -
     attn, cross: steps from one computed attention to the next, useful 2 to 8. start, stop:
     timesteps between which this is done, as shares of the longest; the paper's 100 to 850 of 1000.
     """
+    scopes: tuple[tuple[Scope, int], ...] = (("attn", attn), ("cross", cross))
     self_rule, cross_rule = (
         Rule(Site(scope), Within(Every(n), start, stop, "time", "run"), payload="output")
-        for scope, n in (("attn", attn), ("cross", cross))
+        for scope, n in scopes
     )
     return Recipe((self_rule, cross_rule), name=f"pab {attn}/{cross}")

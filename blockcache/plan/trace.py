@@ -33,9 +33,11 @@ ABOUT = "trace.json"
 class Place:
     """Where something was measured.
 
-    scope: "model", "stack", "block", "attn", "cross", "mlp" or "time" (the time embedding that the
-    blocks receive). index: block number; for "stack" the chain; for sub-layers the row that they
-    have in a mask of that scope, in calling order; 0 for "model" and "time".
+    scope: "model", "stack", "block", a sub-layer's, or "time". Of that, "output" is the time
+    embedding that the blocks receive, "input" the time-modulated input of the first one (TeaCache's
+    signal), or the embedding again where a block modulates inside itself.
+    index: block number; for "stack" the chain; for sub-layers the row that they have in a mask of
+    that scope, in calling order; 0 for "model" and "time".
     payload: "output", "residual" (output - input) or "input". branch: "0", "1", ... in the order
     of the denoiser's calls within a step.
     """
@@ -116,7 +118,8 @@ class Trace:
     """What `blockcache.trace` measured.
 
     fingerprint: the model, checked on use. sigmas: the T steps' noise levels. prompts, seeds:
-    P of each. settings: the arguments of the pipeline calls. chains: lengths of the chains of
+    P of each. settings: the arguments of the pipeline calls. early: `[P, C, ...]` latents after
+    C early steps, C = 0 where the pipeline shows none. chains: lengths of the chains of
     blocks, as in `Layout`. sites: by place. latents: `[P, ...]` final latents (the picture, where
     the pipeline shows no latents). milliseconds: medians; "run" a whole uncached call, "fixed" of
     it outside the steps, "computed" and "reused" one step, "head" the part of a computed step's
@@ -132,6 +135,7 @@ class Trace:
     unet: bool
     sites: dict[Place, SiteTrace]
     latents: NDArray[np.float32]
+    early: NDArray[np.float32]
     milliseconds: dict[str, float]
     block_ms: tuple[float, ...]
     segments: Floats = field(default_factory=lambda: np.zeros((0, 0)))
@@ -257,6 +261,7 @@ def assembled(about: dict[str, Any], found: Sequence[tuple[int, Arrays]]) -> Tra
         unet=bool(about["unet"]),
         sites=sites,
         latents=np.stack([part["latents"] for _, part in found]),
+        early=np.stack([part["early"] for _, part in found]),
         milliseconds=dict(about["milliseconds"]),
         block_ms=tuple(about["block_ms"]),
         segments=np.mean(segments, 0) if segments else np.zeros((0, 0)),
@@ -265,7 +270,7 @@ def assembled(about: dict[str, Any], found: Sequence[tuple[int, Arrays]]) -> Tra
 
 def arrays_of(trace: Trace, i: int) -> Arrays:
     """The arrays of prompt `i` by the names they have in files."""
-    arrays: Arrays = {"latents": trace.latents[i]}
+    arrays: Arrays = {"latents": trace.latents[i], "early": trace.early[i]}
     if trace.segments.size:
         arrays["segments"] = trace.segments
     for place, site in trace.sites.items():
@@ -351,4 +356,5 @@ def without_prompt(trace: Trace, i: int) -> Trace:
         seeds=tuple(trace.seeds[j] for j in keep),
         sites=sites,
         latents=trace.latents[keep],
+        early=trace.early[keep],
     )

@@ -73,8 +73,9 @@ def share_for(scores: Tensor, density: float, rows: int = 64) -> Tensor:
     behind = ranked.cumsum(-1)
     before = ((behind - ranked) / behind[..., -1:]).flatten(1)
     # Between the last that is kept and the first that is not, so that rounding moves neither.
-    kept = min(max(1, int(density * before.shape[1])), before.shape[1] - 1)
-    edges = [before.kthvalue(n, -1, keepdim=True).values for n in (kept, kept + 1)]
+    size = before.shape[1]
+    kept = max(1, int(density * size))
+    edges = [before.kthvalue(min(n, size), -1, keepdim=True).values for n in (kept, kept + 1)]
     return ((edges[0] + edges[1]) / 2).clamp(1e-12, 1.0)
 
 

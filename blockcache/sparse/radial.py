@@ -4,7 +4,9 @@ Kept: the band of every pair of frames, halving with each doubling of the distan
 where it would be narrower than a block; the first frame's keys for everyone; the shrinking of
 tokens to blocks, which keeps a block if more than 60 % of its columns that are touched at all are
 touched by more than a third of its rows. Different: counted in closed form, without token masks,
-for any grid and cached per geometry; no fine-tuning for longer videos.
+for any grid and cached per geometry; a short last block is judged by the rows it has, and the
+diagonal is always kept, so that no query is left without keys (the paper's lengths are multiples of
+128); no fine-tuning for longer videos.
 """
 
 import functools
@@ -61,31 +63,35 @@ class Radial(Planner):
 def _plan(planner: Radial, geometry: Geometry, device: torch.device) -> SparsePlan:
     size, frame = planner.block, geometry.frame
     tiling = frame_major(geometry, size)
-    mask = torch.zeros(tiling.count, tiling.count, dtype=torch.bool)
+    mask = torch.eye(tiling.count, dtype=torch.bool)
     for i in range(geometry.frames):
+        row = i * frame // size
+        # Only the video's last block may be short.
+        last = min(size, geometry.video - (((i + 1) * frame - 1) // size) * size)
         for j in range(geometry.frames):
             reach = planner.reach(abs(i - j), frame)
             if planner.sink and j == 0:
                 reach = frame
             if reach is None:
                 continue
-            part = _shrunk(reach, frame, i * frame % size, j * frame % size, size)
-            at = i * frame // size, j * frame // size
-            mask[at[0] : at[0] + part.shape[0], at[1] : at[1] + part.shape[1]] |= part
+            part = _shrunk(reach, frame, i * frame % size, j * frame % size, size, last)
+            column = j * frame // size
+            mask[row : row + part.shape[0], column : column + part.shape[1]] |= part
     return pack(mask[None, None].to(device), tiling)
 
 
 @functools.lru_cache(maxsize=4096)
-def _shrunk(reach: float, frame: int, row: int, column: int, size: int) -> Tensor:
+def _shrunk(reach: float, frame: int, row: int, column: int, size: int, last: int) -> Tensor:
     """Blocks of a band `|row - column| <= reach` between two frames, bool `[rows, columns]`.
 
-    row, column: where in a block the two frames begin.
+    row, column: where in a block the two frames begin. last: rows that the last block has.
     """
     first = torch.arange(-(-(row + frame) // size)) * size - row
     columns = torch.arange(frame)
     top = torch.maximum(first.clamp_min(0)[:, None], (columns - reach).ceil())
     bottom = torch.minimum((first + size).clamp_max(frame)[:, None], (columns + reach).floor() + 1)
     touched = (bottom - top).clamp_min(0) / size
+    touched[-1] *= size / last
     behind = -(column + frame) % size
     touched = torch.nn.functional.pad(touched, (column, behind)).unflatten(1, (-1, size))
     dense, any_ = (touched > 1 / 3).sum(-1), (touched > 0).sum(-1)

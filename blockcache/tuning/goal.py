@@ -64,6 +64,14 @@ class Goal:
         return f"{self.name} {sense} {self.target:g}{unit} in {self.share:.0%} of the pictures"
 
 
+def least_pictures(share: float, confidence: float) -> int:
+    """How many pictures a check needs: all of them reaching the goal must be able to convince.
+
+    For the second plan looked at, too, which gets a quarter of the error that is allowed.
+    """
+    return math.ceil(math.log((1 - confidence) / 4) / math.log(share) - 1e-9)
+
+
 def chance(least: int, count: int, share: float) -> float:
     """Probability of at least `least` of `count` where each has probability `share`."""
     return sum(

@@ -7,12 +7,13 @@ file, in the next one.
 
 import hashlib
 import json
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,11 +24,11 @@ from blockcache.plan import Recipe
 from blockcache.plan.spec import to_json
 from blockcache.tuning.comparison import Picture
 from blockcache.tuning.goal import Goal
-from blockcache.tuning.stage import Item, Stage, final_of
+from blockcache.tuning.stage import Item, Render, Stage, early_of, final_of
 
 _CAP_DB = 120.0
 _CLEAR_DB = 0.5
-"""A candidate this much behind over the hardest prompts is not run on the others."""
+"""A candidate this much behind over half of the prompts is not run on the others."""
 
 
 class Exhausted(Exception):
@@ -81,15 +82,34 @@ class Ledger:
             raise Exhausted("the time limit is reached")
 
 
-def tail_aware(decibels: Sequence[float]) -> float:
-    """The search's objective: half the mean, half the mean of the worst quarter.
+class Distance(NamedTuple):
+    """How far a run is from its uncached twin, in dB: -20 log10 of the relative L2 error.
 
-    A mean alone buys decibels for pictures that are good already with a prompt that tips over into
-    another picture.
+    final: of the last latents. early: the lowest at a few early steps, NaN where the pipeline shows
+    no latents; relative to the last latents' size, as the other.
     """
-    ordered = sorted(decibels)
-    worst = ordered[: max(1, round(len(ordered) / 4))]
-    return 0.5 * float(np.mean(ordered)) + 0.5 * float(np.mean(worst))
+
+    final: float
+    early: float
+
+
+def score(distances: Sequence[Distance]) -> float:
+    """The search's objective: the median of the final distances and the mean of the early ones.
+
+    Why not the worst final ones? Prompts that stand between two pictures amplify whatever error
+    they find early on, a hundredfold. Whether one of few calibration prompts tips is chance, and a
+    search that follows it learns these prompts by heart; the error they amplify is there in every
+    prompt, is hardly noisy, and tells the worst of *new* prompts better.
+    """
+    final = [d.final for d in distances]
+    early = [d.early for d in distances if not math.isnan(d.early)]
+    if not early:
+        return 0.5 * float(np.median(final)) + 0.5 * float(np.mean(_worst_quarter(final)))
+    return 0.5 * float(np.median(final)) + 0.5 * float(np.mean(early))
+
+
+def _worst_quarter(values: Sequence[float]) -> list[float]:
+    return sorted(values)[: max(1, round(len(values) / 4))]
 
 
 class Memory:
@@ -113,7 +133,8 @@ class Memory:
         self._known[key] = row
         if self._file is not None:
             with self._file.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"key": key, "recipe": recipe.name, **row}) + "\n")
+                about = {"key": key, "recipe": recipe.name, "mask": _mask(recipe), "item": item}
+                file.write(json.dumps({**about, "what": what, **row}) + "\n")
 
 
 def _row(line: str) -> dict[str, Any]:
@@ -123,6 +144,12 @@ def _row(line: str) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError) as error:
         # The last line of a search that was killed while writing.
         return {"key": "", "error": str(error)}
+
+
+def _mask(recipe: Recipe) -> str:
+    """Tells recipes apart in the file."""
+    text = json.dumps([to_json(recipe.rules), recipe.branches])
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def _key(recipe: Recipe, item: Item, what: str) -> str:
@@ -135,40 +162,55 @@ class Scorer:
 
     def __init__(self, stage: Stage, ledger: Ledger, memory: Memory) -> None:
         self.stage, self.ledger, self.memory = stage, ledger, memory
-        self.references: dict[Item, NDArray[np.float32]] = {}
-        """Uncached final latents."""
+        self.references: dict[Item, tuple[NDArray[np.float32], NDArray[np.float32]]] = {}
+        """Uncached final and early latents."""
         self.pictures: dict[Item, Picture] = {}
         """Uncached pictures."""
 
-    def distance(self, recipe: Recipe, items: Sequence[Item]) -> list[float]:
-        """Per item the final latents' distance in dB: -20 log10 of the relative L2 error."""
+    def distance(self, recipe: Recipe, items: Sequence[Item]) -> list[Distance]:
+        """Distances from the uncached runs."""
         return [self._distance(recipe, item) for item in items]
 
     def beats(
-        self, recipe: Recipe, items: Sequence[Item], best: Sequence[float]
-    ) -> list[float] | None:
-        """As `distance`, or None as soon as it is clear that it is no better than `best`."""
-        order = sorted(range(len(items)), key=lambda i: best[i])
-        found: dict[int, float] = {}
-        for i in order:
-            found[i] = self._distance(recipe, items[i])
-            if 2 * len(found) == len(order) and len(found) > 1:
-                so_far = tail_aware([best[k] for k in found])
-                if tail_aware(list(found.values())) < so_far - _CLEAR_DB:
-                    return None
-        return [found[i] for i in range(len(items))]
+        self, recipe: Recipe, items: Sequence[Item], best: Sequence[Distance], bonus: float = 0.0
+    ) -> list[Distance] | None:
+        """As `distance`, or None as soon as it is clear that it is no better than `best`.
 
-    def _distance(self, recipe: Recipe, item: Item) -> float:
+        bonus: decibels by which it may be behind.
+        """
+        found: list[Distance] = []
+        for count, item in enumerate(items, 1):
+            found.append(self._distance(recipe, item))
+            is_half = 2 * count == len(items) and count > 1
+            if is_half and score(found) + bonus < score(best[:count]) - _CLEAR_DB:
+                return None
+        return found
+
+    def _distance(self, recipe: Recipe, item: Item) -> Distance:
         known = self.memory.find(recipe, item, "latents")
         if known is None:
             self.ledger.check()
             with api.enabled(self.stage.pipe, recipe):
                 found = self.stage.latents(item)
             self.ledger.charge(found.seconds)
-            decibels = decibels_of(final_of(found), self.references[item])
-            known = {"db": decibels, "seconds": found.seconds}
-            self.memory.keep(recipe, item, "latents", known)
-        return float(known["db"])
+            known = self._keep_distance(recipe, item, found)
+        early = known["early_db"]
+        return Distance(float(known["db"]), math.nan if early is None else float(early))
+
+    def _keep_distance(self, recipe: Recipe, item: Item, found: Render) -> dict[str, Any]:
+        final, early = self.references[item]
+        size = _size(final)
+        each = [
+            decibels_of(ours, theirs, size)
+            for ours, theirs in zip(early_of(found), early, strict=False)
+        ]
+        row = {
+            "db": decibels_of(final_of(found), final, size),
+            "early_db": min(each) if each else None,
+            "seconds": found.seconds,
+        }
+        self.memory.keep(recipe, item, "latents", row)
+        return row
 
     def figures(self, recipe: Recipe, items: Sequence[Item], goal: Goal) -> list[float]:
         """Per item the goal's figure of the decoded picture, larger is nearer."""
@@ -187,9 +229,7 @@ class Scorer:
             known = {"figure": goal.figure(found.picture, reference), "seconds": found.seconds}
             self.memory.keep(recipe, item, goal.name, known)
             if item in self.references:
-                decibels = decibels_of(final_of(found), self.references[item])
-                row = {"db": decibels, "seconds": found.seconds}
-                self.memory.keep(recipe, item, "latents", row)
+                self._keep_distance(recipe, item, found)
         return float(known["figure"])
 
     def picture(self, item: Item) -> Picture:
@@ -201,22 +241,27 @@ class Scorer:
             if found.picture is None:
                 raise RuntimeError("a render without a picture")
             self.pictures[item] = found.picture
-            self.references.setdefault(item, final_of(found))
+            self.references.setdefault(item, (final_of(found), early_of(found)))
         return self.pictures[item]
 
 
-def decibels_of(latents: NDArray[Any], reference: NDArray[Any]) -> float:
-    """-20 log10 of the relative L2 error, at most 120.
+def decibels_of(latents: NDArray[Any], reference: NDArray[Any], size: float) -> float:
+    """-10 log10 of the mean squared error over `size`, between -120 and 120."""
+    error = float(np.mean(np.square(latents.astype(np.float64) - reference)))
+    if not np.isfinite(error):
+        return -_CAP_DB
+    return _CAP_DB if error == 0 else min(_CAP_DB, -10 * float(np.log10(error / size)))
+
+
+def _size(reference: NDArray[Any]) -> float:
+    """The mean square of uncached final latents.
 
     Raises:
-        BlockCacheError: the uncached latents are all zero or not finite.
+        BlockCacheError: it is zero or not finite.
     """
     size = float(np.mean(np.square(reference, dtype=np.float64)))
     if not size > 0 or not np.isfinite(size):
         raise BlockCacheError(
             "the uncached run ends in latents that are all zero or not finite; check the pipeline"
         )
-    error = float(np.mean(np.square(latents.astype(np.float64) - reference)))
-    if not np.isfinite(error):
-        return -_CAP_DB
-    return _CAP_DB if error == 0 else min(_CAP_DB, -10 * float(np.log10(error / size)))
+    return size

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from blockcache.plan import Recipe
 from blockcache.plan.paths import Path
-from blockcache.tuning.scoring import Scorer, tail_aware
+from blockcache.tuning.scoring import Distance, Scorer, score
 from blockcache.tuning.screening import Screen
 from blockcache.tuning.stage import Item
 
@@ -19,16 +19,16 @@ _AMPLIFICATION = 3.0
 
 @dataclass(frozen=True)
 class Found:
-    """A mask and its runs. origin: how it was found. decibels: distance per calibration item."""
+    """A mask and its runs. origin: how it was found. distances: per calibration item."""
 
     origin: str
     computed: Path
-    decibels: tuple[float, ...]
+    distances: tuple[Distance, ...]
 
     @property
     def score(self) -> float:
         """What the search maximises."""
-        return tail_aware(self.decibels)
+        return score(self.distances)
 
 
 class Search:
@@ -81,12 +81,12 @@ class Search:
         if known is None:
             recipe = self.make(computed)
             if best is None:
-                decibels: Sequence[float] | None = self.scorer.distance(recipe, self.items)
+                distances: Sequence[Distance] | None = self.scorer.distance(recipe, self.items)
             else:
-                decibels = self.scorer.beats(recipe, self.items, best.decibels)
-            if decibels is None and best is not None:
+                distances = self.scorer.beats(recipe, self.items, best.distances)
+            if distances is None and best is not None:
                 return best
-            known = self.tried[computed] = Found(origin, computed, tuple(decibels or ()))
+            known = self.tried[computed] = Found(origin, computed, tuple(distances or ()))
         return known if best is None or known.score > best.score + _GAIN_DB else best
 
     def _moves(self, computed: Path) -> Iterator[Path]:

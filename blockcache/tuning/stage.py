@@ -16,6 +16,7 @@ from blockcache.tuning.comparison import Picture
 Item: TypeAlias = tuple[str, int]
 """Prompt and seed."""
 
+_EARLY_SHARE = 0.3
 _OURS = ("prompt", "class_labels", "generator", "output_type", "return_dict")
 
 
@@ -40,12 +41,14 @@ class Render:
     """One run.
 
     picture: None if only latents were asked for. latents: float32 on the host, None where the
-    pipeline does not show them. seconds: from the call to floats on the host.
+    pipeline does not show them. seconds: from the call to floats on the host. early: the latents
+    after the steps of `checkpoints`, where they were asked for and are shown.
     """
 
     picture: Picture | None
     latents: torch.Tensor | None
     seconds: float
+    early: tuple[torch.Tensor, ...] = ()
 
 
 class Stage:
@@ -82,31 +85,46 @@ class Stage:
         """The picture, and nothing that would cost time beside it."""
         return self._call(item, steps, {"output_type": "np"}, has_picture=True)
 
-    def full(self, item: Item, steps: int | None = None) -> Render:
-        """Picture and final latents of one run."""
-        return self._watched(item, steps, {"output_type": "np"}, has_picture=True)
+    def full(self, item: Item, steps: int | None = None, every_step: bool = False) -> Render:
+        """Picture and final latents of one run.
+
+        every_step: keep the latents after all steps as the early ones.
+        """
+        return self._watched(item, steps, {"output_type": "np"}, True, every_step)
 
     def latents(self, item: Item, steps: int | None = None) -> Render:
         """Final latents without decoding; the picture where the pipeline shows no latents."""
         if not self.shows_latents:
             return self.render(item, steps)
-        return self._watched(item, steps, {"output_type": "latent"}, has_picture=False)
+        return self._watched(item, steps, {"output_type": "latent"}, False)
 
     def _watched(
-        self, item: Item, steps: int | None, more: dict[str, Any], has_picture: bool
+        self,
+        item: Item,
+        steps: int | None,
+        more: dict[str, Any],
+        has_picture: bool,
+        every_step: bool = False,
     ) -> Render:
         if not self.shows_latents:
             return self._call(item, steps, more, has_picture)
-        last: list[torch.Tensor] = []
+        total = steps or self.steps
+        wanted = tuple(range(total)) if every_step else checkpoints(total)
+        kept: dict[int, torch.Tensor] = {}
 
         def keep(*args: Any) -> dict[str, Any]:
             # (pipe, i, t, {"latents": ...}) or, in pipelines of old, (i, t, latents).
-            last[:] = [args[-1]["latents"] if isinstance(args[-1], dict) else args[-1]]
+            step, seen = args[-3], args[-1]
+            latents = seen["latents"] if isinstance(seen, dict) else seen
+            kept[-1] = latents
+            if step in wanted:
+                kept[step] = latents
             return {}
 
         found = self._call(item, steps, {**more, self._callback: keep}, has_picture)
-        latents = last[0].detach().float().cpu() if last else None
-        return Render(found.picture, latents, found.seconds)
+        on_host = {step: latents.detach().float().cpu() for step, latents in kept.items()}
+        early = tuple(on_host[step] for step in wanted if step in on_host)
+        return Render(found.picture, on_host.get(-1), found.seconds, early)
 
     def _call(
         self, item: Item, steps: int | None, more: dict[str, Any], has_picture: bool
@@ -150,6 +168,12 @@ class Stage:
             torch.cuda.synchronize(self.device)
 
 
+def checkpoints(steps: int) -> tuple[int, ...]:
+    """Four steps in the first three tenths of a run, where the layout of a picture is decided."""
+    last = max(1, round(_EARLY_SHARE * steps) - 1)
+    return tuple(sorted({max(1, round(last * k / 4)) for k in range(1, 5)}))
+
+
 def final_of(found: Render) -> NDArray[np.float32]:
     """The final latents, or the picture where the pipeline does not show them."""
     if found.latents is not None:
@@ -157,6 +181,13 @@ def final_of(found: Render) -> NDArray[np.float32]:
     if found.picture is None:
         raise RuntimeError("a run without latents and without a picture")
     return found.picture
+
+
+def early_of(found: Render) -> NDArray[np.float32]:
+    """The early latents, `[C, ...]`."""
+    if not found.early:
+        return np.zeros((0, 1), np.float32)
+    return torch.stack(found.early).numpy()
 
 
 def _callback_name(parameters: Mapping[str, Any]) -> str:

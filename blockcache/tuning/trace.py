@@ -30,6 +30,7 @@ from blockcache.engine.tracker import BranchNames, Tracker, conditioning_of, sch
 from blockcache.engine.wiring import Watch, Wiring, bind, leaf_at, leaves
 from blockcache.errors import BlockCacheError, PlanMismatchError, UnsupportedModelError
 from blockcache.plan import Layout, MaskTable, Recipe, Rule, Site
+from blockcache.plan.sites import SUB_LAYERS
 from blockcache.plan.spec import to_json
 from blockcache.plan.trace import (
     ABOUT,
@@ -44,7 +45,7 @@ from blockcache.plan.trace import (
     write_prompt,
 )
 from blockcache.tuning.comparison import Picture
-from blockcache.tuning.stage import Item, Stage, final_of, items_of, plain
+from blockcache.tuning.stage import Item, Stage, early_of, final_of, items_of, plain
 
 logger = logging.getLogger("blockcache")
 
@@ -52,7 +53,6 @@ ELEMENTS = 1 << 16
 """Elements kept of a payload and step; more of a larger payload would tell little more."""
 SAMPLE = 1 << 12
 """Raw values written per step, for what Gram matrices cannot tell."""
-SUB_LAYERS = ("attn", "cross", "mlp")
 SCOPES = ("model", "stack", "block", "time", *SUB_LAYERS)
 _MOST_BYTES = 1 << 30
 _SCOUT_STEPS = 2
@@ -298,7 +298,7 @@ class _Recorder(_Follower):
         is_wanted = index in starts or "block" in self._scopes
         before = entered.clone() if _is_tensor(entered) and is_wanted else None
         if index == wiring.called[0]:
-            self._keep_time(bound)
+            self._keep_time(bound, signals.modulated(self.blocks.blocks[index], stream, bound))
         if before is not None and index in starts:
             self._entered[starts[index]] = before
         output = inner(*args, **kwargs)
@@ -311,17 +311,19 @@ class _Recorder(_Follower):
         return output
 
     def part(self, number: int, inner: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Compute a sub-layer and keep what it put out; of the first attention, what it got."""
-        entered = main_input(args, kwargs) if number == 0 else None
-        if entered is not None and entered.is_floating_point():
-            self._keep("attn", number, "input", entered)
+        """Compute a sub-layer and keep what it put out; of a whole transformer what it added."""
+        entered = main_input(args, kwargs) if self.parts[number].kind == "transformer" else None
+        before = None if entered is None else entered.clone()
         output = inner(*args, **kwargs)
         left = next((leaf for _, leaf in leaves(output) if _is_tensor(leaf)), None)
         if left is not None:
-            self._keep(scope_of(self.parts[number], args, kwargs, output), number, "output", left)
+            scope = scope_of(self.parts[number], args, kwargs, output)
+            self._keep_pair(scope, number, before, left)
         return output
 
-    def _keep_time(self, bound: dict[str, Any]) -> None:
+    def _keep_time(self, bound: dict[str, Any], modulated: torch.Tensor | None) -> None:
+        if modulated is not None:
+            self._keep("time", 0, "input", modulated)
         for name in _TIME_NAMES:
             value = bound.get(name)
             if _is_tensor(value) and value.dim() > 1:
@@ -428,7 +430,7 @@ def _traced(
         found = stage.full(item) if on_picture else stage.latents(item)
     if on_picture and found.picture is not None:
         on_picture(item, found.picture)
-    return {**recorder.arrays(), "latents": final_of(found)}
+    return {**recorder.arrays(), "latents": final_of(found), "early": early_of(found)}
 
 
 def _measured(stage: Stage, scout: _Scout, items: Sequence[Item]) -> dict[str, Any]:

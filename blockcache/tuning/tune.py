@@ -28,7 +28,7 @@ from blockcache.plan.paths import Path as Mask
 from blockcache.plan.trace import Trace
 from blockcache.tuning import quality
 from blockcache.tuning.compare import Rivals, trial_of
-from blockcache.tuning.goal import Goal, Measure, goal_from
+from blockcache.tuning.goal import Goal, Measure, goal_from, least_pictures
 from blockcache.tuning.scoring import Exhausted, Ledger, Memory, Scorer
 from blockcache.tuning.screening import Screen
 from blockcache.tuning.search import Found, Search
@@ -122,8 +122,7 @@ def tune(
             and what it has to reach.
         share: Of new pictures that have to reach the goal; 0.5 promises the median.
         confidence: One-sided, of that promise.
-        effort: "full" costs at most 25 times an uncached pass over the calibration prompts, "quick"
-            8 times.
+        effort: "full" costs at most 25 uncached passes over 8 prompts, "quick" 8.
         seeds: One per prompt; 0, 1, ... if None.
         work: Folder for trace and measurements; an interrupted tuning goes on from there.
         max_runs: Limit on the cost, in uncached runs.
@@ -152,14 +151,14 @@ def tune(
             f"a run of {stage.steps} steps leaves nothing to tune (at least {_FEWEST_STEPS})"
         )
     only_denoiser(pipe)
-    calibration, check = split(items_of(prompts, seeds))
+    calibration, check = split(items_of(prompts, seeds), least_pictures(share, confidence))
     tuner = _Tuner(stage, goal, confidence, effort, calibration, check, on_progress)
     tuner.limit(max_runs, minutes)
     return tuner.run(None if work is None else Path(work), rivals)
 
 
-def split(items: Sequence[Item]) -> tuple[list[Item], list[Item]]:
-    """Calibration items, and twice as many for the check; no seed is used twice.
+def split(items: Sequence[Item], least: int = 6) -> tuple[list[Item], list[Item]]:
+    """Calibration items, and twice as many for the check, or `least`; no seed is used twice.
 
     Where there are too few prompts for that, the check repeats prompts with other seeds.
     """
@@ -176,8 +175,9 @@ def split(items: Sequence[Item]) -> tuple[list[Item], list[Item]]:
         logger.warning("one prompt only: the promise is for this prompt with other seeds")
         rest = calibration
     free = max(seed for _, seed in items) + 1
-    check = [item for item in rest if item not in calibration][: 2 * count]
-    while len(check) < 2 * count:
+    wanted = max(2 * count, least)
+    check = [item for item in rest if item not in calibration][:wanted]
+    while len(check) < wanted:
         check.append((rest[len(check) % len(rest)][0], free))
         free += 1
     return calibration, check
@@ -214,11 +214,11 @@ class _Tuner:
         self._report = on_progress
         self._started = time.monotonic()
         self.ledger = Ledger(note=self._progress)
-        self._reserved = _RESERVED[effort] * len(calibration)
+        self._reserved = _RESERVED[effort] * CALIBRATION
 
     def limit(self, max_runs: float | None, minutes: float | None) -> None:
         """Set the limits."""
-        most = _PASSES[self.effort] * len(self.calibration)
+        most = _PASSES[self.effort] * CALIBRATION
         self.ledger.most_runs = most if max_runs is None else min(most, max_runs)
         if minutes is not None:
             self.ledger.deadline = self._started + 60 * minutes
@@ -264,8 +264,10 @@ class _Tuner:
         )
         self.ledger.learn(self.trace.milliseconds["run"] / 1e3)
         self.ledger.charge(time.perf_counter() - started)
-        for item, latents in zip(self.calibration, self.trace.latents, strict=True):
-            self.scorer.references[item] = latents
+        for item, *latents in zip(
+            self.calibration, self.trace.latents, self.trace.early, strict=True
+        ):
+            self.scorer.references[item] = (latents[0], latents[1])
         self._measure_floor()
         self.screen = Screen(self.trace)
         self.search = Search(self.screen, self.scorer, self.calibration, self._recipe)
@@ -372,11 +374,10 @@ class _Tuner:
             self.shape = shape
             recipe = self._recipe(found.computed)
             bonus = _CHEAPEST_BONUS_DB if shape.name == _CHEAPEST else 0.0
-            handicapped = [decibels - bonus for decibels in best.decibels]
-            decibels = self.scorer.beats(recipe, self.calibration, handicapped)
-            if decibels is None:
+            distances = self.scorer.beats(recipe, self.calibration, best.distances, bonus)
+            if distances is None:
                 continue
-            tried = Found(found.origin, found.computed, tuple(decibels))
+            tried = Found(found.origin, found.computed, tuple(distances))
             if tried.score + bonus > best.score:
                 best, best_shape = tried, shape
         self.shape = best_shape

@@ -52,6 +52,7 @@ class Known:
             unet=False,
             sites=sites,
             latents=np.zeros((PROMPTS, 2), np.float32),
+            early=np.zeros((PROMPTS, 0), np.float32),
             milliseconds={},
             block_ms=(1.0,) * BLOCKS,
         )
@@ -262,3 +263,50 @@ def test_channel_tables_refuse_what_does_not_fill_them():
         ChannelTable("hidden_states", (2, 3, 2, 4), "?")
     with pytest.raises(PlanError, match="finite in fp16"):
         ChannelTable.of("hidden_states", np.full((1, 1, 2, 1), 1e9))
+
+
+class TimeKnown(Known):
+    """A trace of a model whose blocks modulate inside: it has the time embedding alone."""
+
+    def __init__(self):
+        super().__init__()
+        # The same for every prompt, as a time embedding is.
+        self.time = np.repeat(walk(77)[:1], PROMPTS, axis=0)
+        self.trace.sites[Place("time", 0, "input", "0")] = tables_of(self.time)
+
+
+def test_tea_cache_fits_the_polynomial_and_compiles_the_schedule():
+    known = TimeKnown()
+    output = known.values["model", 0, "output"]
+
+    def change(values, p, t):
+        return np.abs(values[p, t] - values[p, t - 1]).mean() / np.abs(values[p, t - 1]).mean()
+
+    places = [(p, t) for p in range(PROMPTS) for t in range(1, STEPS)]
+    x = np.array([change(known.time, p, t) for p, t in places])
+    y = np.array([change(output, p, t) for p, t in places])
+    design = np.stack([x**4, x**3, x**2, x, np.ones_like(x)], axis=1)
+    best = np.linalg.lstsq(design, y, rcond=None)[0]
+    recipe = recipes.tea_cache(trace=known.trace, threshold=0.5, warmup=2, cooldown=1)
+    total, expected = 0.0, [0]
+    for t in range(1, STEPS):
+        total += max(0.0, float(np.polyval(best, change(known.time, 0, t))))
+        if total >= 0.5:
+            expected.append(t)
+            total = 0.0
+    assert recipe.is_static()
+    assert computed(recipe) == tuple(expected)
+    assert len(expected) < STEPS
+
+
+def test_tea_cache_stays_online_where_the_prompt_has_a_say(known):
+    site = tables_of(walk(78))
+    trace = Known().trace
+    trace.sites[Place("time", 0, "input", "0")] = site
+    gate = recipes.tea_cache(trace=trace).rules[0].policy
+    assert gate.signal == "modulated"
+    assert len(gate.rescale) == 5
+    with pytest.raises(PlanError, match="not both"):
+        recipes.tea_cache("flux", trace=trace)
+    with pytest.raises(PlanError, match="no input of time"):
+        recipes.tea_cache(trace=known.trace)

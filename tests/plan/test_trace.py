@@ -38,6 +38,7 @@ def make_trace(values, **changes):
         unet=False,
         sites={Place("stack", 0, "residual", "0"): site},
         latents=np.zeros((prompts, 2, 3), np.float32),
+        early=np.zeros((prompts, 4, 2, 3), np.float32),
         milliseconds={"run": 10.0},
         block_ms=(1.0, 1.0, 2.0, 2.0),
     )

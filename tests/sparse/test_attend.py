@@ -339,6 +339,29 @@ def test_recall_of_dense_is_one():
     assert sampled_recall(first.decision, q, k, GRID, context()).tolist() == [[1.0, 1.0]]
 
 
+@pytest.mark.parametrize("grid", [(1, 1, 1), (1, 2, 3), (2, 3, 3), (1, 8, 8)])
+@pytest.mark.parametrize("name", SMALL)
+def test_a_video_of_few_tokens(name, grid):
+    """Less than a block, or one: nothing can be left out of a single block."""
+    geometry = Geometry(*grid, after=3)
+    q, k, v = tokens(geometry, heads=1)
+    output = sparse_run(small(name), geometry, q, k, v).output
+    assert torch.isfinite(output).all()
+    if geometry.video < 16 and name not in ("sta", "nabla", "vmoba"):
+        assert relative(output, dense(q, k, v)) < 1e-6
+
+
+@pytest.mark.parametrize("grid", [(5, 3, 9), (7, 9, 5), (2, 1, 67), (6, 4, 3), (1, 13, 11)])
+@pytest.mark.parametrize("name", SMALL)
+def test_no_query_is_left_without_keys(name, grid):
+    """Radial's counting rule, taken as published, gives the rows of a short last block nothing."""
+    geometry = Geometry(*grid)
+    q, k, v = tokens(geometry)
+    for planner in (small(name), by_name(name)):
+        mask = chosen_tokens(sparse_run(planner, geometry, q, k, v), q, geometry)
+        assert mask.any(-1).all()
+
+
 def test_expand_is_what_the_tests_think():
     mask = expand([[0, 2], [1]], [[1], [0, 2]], {(0, 0)}, 3)
     assert mask.nonzero().tolist() == [[0, 1], [2, 1]]

@@ -197,8 +197,9 @@ def test_radial(decay, sink):
                         counts[column] = counts.get(column, 0) + mask[r][c]
                 for key, counts in touched.items():
                     some = [n for n in counts.values() if n]
-                    if sum(n > size / 3 for n in some) > 0.6 * len(some):
+                    if sum(n > len(blocks[key[0]]) / 3 for n in some) > 0.6 * len(some):
                         pairs.add(key)
+        pairs |= {(i, i) for i in range(len(blocks))}
         return expand(blocks, blocks, pairs, geometry.video)
 
     check_plain(by_name("radial", decay=decay, sink=sink, block=size), geometry, expected)

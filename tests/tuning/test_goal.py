@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 from blockcache.errors import BlockCacheError
-from blockcache.tuning.goal import chance, goal_from
-from blockcache.tuning.scoring import tail_aware
+from blockcache.tuning.goal import chance, goal_from, least_pictures
+from blockcache.tuning.scoring import Distance, score
 
 
 def goal(share=0.5, **asked):
@@ -55,6 +55,14 @@ def test_a_promise_needs_more_than_half_of_the_pictures():
     assert asked.holds([30.0] * 4, 0.9)
 
 
+def test_a_check_has_enough_pictures_to_convince():
+    for share, confidence in ((0.5, 0.9), (0.8, 0.9), (0.5, 0.99)):
+        count, asked = least_pictures(share, confidence), goal(share, psnr=30)
+        quarter = 1 - (1 - confidence) / 4
+        assert asked.holds([31.0] * count, quarter)
+        assert not asked.holds([31.0] * (count - 1), quarter)
+
+
 def test_the_promise_is_kept_as_often_as_it_says():
     """Models whose true median misses the goal by a hair pass at most 10 % of the checks."""
     asked, chances = goal(psnr=30), np.random.default_rng(0)
@@ -76,8 +84,14 @@ def test_figures_that_shrink_are_turned_round(monkeypatch):
     assert asked.words() == "lpips at most 0.1 in 50% of the pictures"
 
 
-def test_the_objective_sees_the_worst_quarter():
-    even, uneven = [30.0] * 8, [36.0] * 7 + [10.0]
-    assert np.mean(uneven) > np.mean(even) and tail_aware(even) > tail_aware(uneven)
-    assert tail_aware([1.0, 2, 3, 6]) == 0.5 * 3 + 0.5 * 1
-    assert tail_aware([5.0]) == 5.0
+def test_the_objective_is_the_median_and_the_early_error():
+    far = [Distance(30.0, 40.0), Distance(50.0, 44.0), Distance(10.0, 42.0)]
+    assert score(far) == 0.5 * 30 + 0.5 * 42
+    # One prompt that tips is chance; the early error of all of them is not.
+    tipped = [Distance(30.0, 40.0), Distance(50.0, 44.0), Distance(-9.0, 42.0)]
+    assert score(tipped) == score(far) > score([Distance(d.final, d.early - 1) for d in far])
+
+
+def test_without_latents_the_worst_quarter_stands_for_the_early_error():
+    pictures = [Distance(final, math.nan) for final in (36.0, 36.0, 36.0, 10.0)]
+    assert score(pictures) == 0.5 * 36 + 0.5 * 10

@@ -29,6 +29,7 @@ def trace_of(values, branches="0"):
         unet=False,
         sites={Place("model", 0, "output", b): site for b in branches},
         latents=np.zeros((prompts, 1)),
+        early=np.zeros((prompts, 0, 1)),
         milliseconds={},
         block_ms=(),
     )

@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 
 from blockcache.plan import MaskTable, Recipe, Rule, Site
-from blockcache.tuning.scoring import Exhausted, Ledger, Memory, tail_aware
-from blockcache.tuning.search import Found, Search
+from blockcache.tuning.scoring import Distance, Exhausted, Ledger, Memory, score
+from blockcache.tuning.search import Search
 
 T, GOAL = 20, (0, 2, 4, 7, 11, 15)
 ITEMS = [("a", 0), ("b", 1), ("c", 2), ("d", 3)]
@@ -22,11 +22,11 @@ class Scorer:
 
     def distance(self, computed, items):
         self.asked.append(computed)
-        return [40.0 - far(computed) - 0.1 * i for i in range(len(items))]
+        return [Distance(40.0 - far(computed), 50.0) for _ in items]
 
     def beats(self, computed, items, best):
         found = self.distance(computed, items)
-        return found if tail_aware(found) > tail_aware(best) - 0.5 else None
+        return found if score(found) > score(best) - 0.5 else None
 
 
 class Screen:
@@ -47,7 +47,7 @@ def test_the_climb_finds_the_best_mask_and_runs_nothing_twice(search):
     start = search.best_of([("start", (0, 1, 3, 9, 10, 18))])
     found = search.climb(start, 500)
     assert found.computed == GOAL and found.origin == "climbed"
-    assert found.decibels == (40.0, 39.9, 39.8, 39.7)
+    assert found.score == 0.5 * 40 + 0.5 * 50
     assert len(set(search.scorer.asked)) == len(search.scorer.asked)
 
 
@@ -64,7 +64,8 @@ def test_the_best_of_some_masks_wins(search):
         ("near", (0, 2, 4, 7, 11, 16)),
         ("mid", (0, 2, 4, 7, 9, 12)),
     ]
-    assert search.best_of(masks) == Found("near", masks[1][1], (39.0, 38.9, 38.8, 38.7))
+    found = search.best_of(masks)
+    assert (found.origin, found.computed) == masks[1] and found.score == 0.5 * 39 + 0.5 * 50
 
 
 def test_hopeless_moves_are_not_run(search, monkeypatch):

@@ -34,8 +34,9 @@ def render(tiny, item, **call):
 
 
 def check_items():
-    """Two calibration prompts, and the check's four."""
-    return [(prompt, seed) for seed, prompt in enumerate(PROMPTS)][2:]
+    """What the check works on: four prompts, and two of them with other seeds."""
+    items = [(prompt, seed) for seed, prompt in enumerate(PROMPTS)][2:]
+    return [*items, (PROMPTS[2], 6), (PROMPTS[3], 7)]
 
 
 def test_the_figures_of_a_plan_are_those_of_prompts_that_were_not_searched_on(flux):
@@ -48,10 +49,10 @@ def test_the_figures_of_a_plan_are_those_of_prompts_that_were_not_searched_on(fl
         cached = [render(flux, item) for item in check_items()]
     figures = [quality.psnr(a, b) for a, b in zip(cached, plain, strict=True)]
     reached = plan.reached
-    assert reached["met"] == 1 and reached["checked"] == 4 and reached["calibrated"] == 2
+    assert reached["met"] == 1 and reached["checked"] == 6 and reached["calibrated"] == 2
     assert reached["psnr_db_median"] == pytest.approx(np.median(figures), abs=1e-6)
     assert reached["psnr_db_worst"] == pytest.approx(min(figures), abs=1e-6)
-    # Four of four, or the share could not be believed; a step fewer would be faster.
+    # Six of six, or the share could not be believed.
     assert min(figures) >= 40
     computed = plan.recipe.rules[0].policy.computed[0]
     assert len(computed) < 10 and f"{len(computed)} of 10 steps computed" in plan.note
@@ -201,9 +202,10 @@ def test_a_third_is_searched_on_and_twice_as_many_check():
 
 
 def test_few_prompts_check_with_other_seeds():
-    calibration, check = split(items("a", "b", "c", "d"))
-    assert calibration == [("a", 0)] and check == [("b", 1), ("c", 2)]
-    calibration, check = split(items("a", "b"))
+    calibration, check = split(items("a", "b", "c", "d"), least=6)
+    assert calibration == [("a", 0)]
+    assert check == [("b", 1), ("c", 2), ("d", 3), ("b", 4), ("c", 5), ("d", 6)]
+    calibration, check = split(items("a", "b"), least=2)
     assert calibration == [("a", 0)] and check == [("b", 1), ("b", 2)]
 
 
@@ -212,6 +214,6 @@ def test_repeated_prompts_and_one_prompt_are_said(caplog):
         split(items("a", "b", "a", "c"))
     assert "1 prompts are in the calibration and in the check" in caplog.text
     with caplog.at_level(logging.WARNING, "blockcache"):
-        calibration, check = split(items("only"))
+        calibration, check = split(items("only"), least=2)
     assert "one prompt only" in caplog.text
     assert calibration == [("only", 0)] and check == [("only", 1), ("only", 2)]
