@@ -89,7 +89,7 @@ class Arm:
 def calibration(pipe: PolicyPipeline, runs: int) -> Trace:
     """A trace of uncached runs in situations from the midst of demonstrations."""
     generator = torch.Generator().manual_seed(CALIBRATION_SEED)
-    states, _ = task.demonstrate(runs, generator)
+    states = task.demonstrate(runs, generator).states
     when = torch.randint(1, 24, (runs,), generator=generator)
     frames = torch.stack([states[when - 1, range(runs)], states[when, range(runs)]], 1)
     return blockcache.trace(pipe, written(frames), scopes=KINDS, num_inference_steps=STEPS)

@@ -2,7 +2,6 @@
 
 import contextlib
 import importlib
-import inspect
 import json
 import logging
 import os
@@ -22,6 +21,7 @@ _MAX_PROMPT_BYTES = 8 * 2**20
 # Commands with files of their own, loaded when they are asked for.
 _ELSEWHERE = {
     "generate": "blockcache.pipelines.generate.cli",
+    "report": "blockcache.pipelines.report_cli",
     "trace": "blockcache.pipelines.trace_cli",
     "tune": "blockcache.pipelines.tune_cli",
 }
@@ -153,7 +153,7 @@ def compare(
         raise BlockCacheError("no prompts: give --prompt TEXT or --prompts FILE")
     writer.check_folder(out)
     is_embedded = model in models.EMBEDDED
-    _set_threads(threads, is_embedded)
+    set_threads(threads, is_embedded)
     place = models.device_for(device)
     quiet_hosts()
     pipe = models.load(found, place, _dtype(dtype, place.type, is_embedded))
@@ -213,7 +213,7 @@ def read_prompts(path: Path) -> list[str]:
     return lines
 
 
-def _set_threads(wanted: int | None, is_embedded: bool) -> None:
+def set_threads(wanted: int | None, is_embedded: bool) -> None:
     """Embedded models are so small that a second thread costs more than it does."""
     import torch
 

@@ -115,7 +115,7 @@ def loaded(common: dict[str, Any]) -> tuple[Any, list[str], dict[str, Any]]:
     if not prompts:
         raise BlockCacheError("no prompts: give --prompts FILE, one a line, 24 or more if possible")
     is_embedded = common["model"] in models.EMBEDDED
-    cli._set_threads(common["threads"], is_embedded)
+    cli.set_threads(common["threads"], is_embedded)
     place = models.device_for(common["device"])
     cli.quiet_hosts()
     pipe = models.load(found, place, cli._dtype(common["dtype"], place.type, is_embedded))

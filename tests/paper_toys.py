@@ -8,6 +8,7 @@ returns what came out and what ran.
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -15,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from blockcache import recipes
 from toys import Scheduler
 
 SIZE = 6  # pictures of 6 x 6
@@ -192,6 +194,16 @@ class UNet(nn.Module):
         for block in self.up_blocks:
             h = block(h, temb, skips.pop())
         return self.output(h)
+
+
+def ready_recipes() -> list[str]:
+    """The recipes that need neither a trace nor anything else to be made."""
+    signatures = {name: inspect.signature(recipes.function(name)) for name in recipes.names()}
+    return [
+        name
+        for name, signature in signatures.items()
+        if all(p.default is not p.empty for p in signature.parameters.values())
+    ]
 
 
 Denoise = Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor]

@@ -25,3 +25,17 @@ def summed(sums: torch.Tensor, group: Any) -> torch.Tensor:
     total = sums.clone()
     dist.all_reduce(total, group=group)
     return total
+
+
+def as_split(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments as `module` gets them where diffusers splits the tokens on entering it.
+
+    Some models (Wan) are split at their first block and not before it.
+    """
+    hooks = getattr(getattr(module, "_diffusers_hook", None), "hooks", {})
+    for name, hook in hooks.items():
+        if name.startswith("cp_input"):
+            args, kwargs = hook.pre_forward(module, *args, **kwargs)
+    return args, kwargs

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from blockcache.engine.blocks import Block, Blocks
+from blockcache.engine.groups import as_split
 
 Path = tuple[int | str, ...]
 """Position of a leaf in an output, by number or (of diffusers' output classes) by name; () is the
@@ -91,6 +92,7 @@ class Wiring:
 
 def bind(block: Block, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """Arguments by parameter name; nameless positional ones by their position."""
+    args, kwargs = as_split(block.module, args, kwargs)
     names = block.parameters
     bound = {names[i] if i < len(names) else f"arg{i}": value for i, value in enumerate(args)}
     return bound | kwargs

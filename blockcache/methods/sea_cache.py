@@ -5,9 +5,9 @@ first, so that only the frequencies count that the noise level has resolved.
 
 Kept: the Wiener gain from the noise level and a power law for pictures, per axis of the token grid,
 its mean made 1; comparison with the step before; the sum. Different: branches decide together;
-where a block modulates inside itself, the tokens that enter it are filtered, and where no grid of
-tokens is known, nothing is. A longest streak may be set, as the ports of the method do (2). State:
-one residual and one filtered signal per branch, one host read per step.
+where a block modulates inside itself, the tokens that enter it are filtered, and where it is not
+known how the tokens lie, every step is computed. A longest streak may be set, as the ports of the
+method do (2). State: one residual and one filtered signal per branch, one host read per step.
 """
 
 from blockcache.plan import Cooldown, Gate, MaxStreak, Recipe, Rule, Site, Taylor, Warmup

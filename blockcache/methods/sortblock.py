@@ -25,8 +25,9 @@ def sortblock(
     """Between full steps compute only the blocks whose residual turned the most.
 
     interval: from one full step to the next, useful 4 to 9. scale: of the share of blocks that are
-    computed in between, the paper's beta; the share is scale times 0.2 to 0.7, rounded up to whole
-    blocks. start, stop: timesteps between which blocks are reused at all, as shares of the longest.
+    computed in between, the paper's beta; the share is scale times 0.66 early to 0.08 late, rounded
+    up to whole blocks. start, stop: timesteps between which blocks are reused at all, as shares of
+    the longest.
     """
     policy = Ranked(interval, RATIO, scale, (start, stop))
     return Recipe((Rule(Site("block"), policy, Taylor(1)),), name=f"sortblock {interval}")

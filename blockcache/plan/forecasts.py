@@ -94,9 +94,9 @@ class Hermite(Predictor):
 class BackwardDifference(Predictor):
     """Second-order backward differentiation: features as the solution of an ODE.
 
-    FoCa (2508.16211). The step from the newest anchor to `at` is BDF2 with variable step size; the
-    slope it needs at the new point is that of the parabola through the last three anchors. With
-    even gaps one interval ahead the weights are (7/3, -5/3, 1/3). Two anchors give the line.
+    FoCa (2508.16211). The step from the newest anchor to `at` is BDF2 with variable step size; for
+    the slope at its end stands that of the parabola through the last three anchors at the newest.
+    With even gaps one interval ahead the weights are (7/3, -5/3, 1/3). Two anchors give the line.
     """
 
     @property

@@ -1,5 +1,6 @@
 """Guards: what overrides a policy. A guard can only ask for more computing, never for less."""
 
+import math
 from typing import Annotated
 
 from pydantic import Field
@@ -8,11 +9,12 @@ from blockcache.plan.spec import Count, spec
 from blockcache.plan.steps import Step
 
 Length = Count | Annotated[float, Field(gt=0, lt=1)]
-"""A number of steps, or a share of the run."""
+"""A number of steps, or a share of the run, rounded up."""
 
 
-def _steps(length: int | float, total: int) -> float:
-    return length * total if isinstance(length, float) else length
+def _steps(length: int | float, total: int) -> int:
+    # 0.14 * 50 is a little more than 7.
+    return math.ceil(length * total - 1e-9) if isinstance(length, float) else length
 
 
 class Guard:

@@ -8,6 +8,7 @@ import base64
 import io
 import json
 import statistics
+import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,7 +60,8 @@ class Findings:
     @property
     def computed(self) -> NDArray[np.bool_]:
         """`[blocks, steps]`, True where the first branch computed."""
-        return np.asarray(self.summary["branches"][0]["map"], dtype=bool).T
+        by_step = np.asarray(self.summary["branches"][0]["map"], dtype=np.bool_)
+        return np.asarray(by_step.T)
 
     @property
     def worst_first(self) -> list[Pair]:
@@ -271,7 +273,8 @@ def _draw_errors(found: Findings) -> Figure:
     axes.plot(
         steps, _estimated_db(found), ".", color=_COMPUTED, label="predicted payload, estimate"
     )
-    axes.set(xlabel="step", ylabel="distance, dB (more is nearer)")
+    # Before anything is reused there is no error; its 120 dB would only squeeze the rest.
+    axes.set(xlabel="step", ylabel="distance, dB (more is nearer)", ylim=(0, 80))
     axes.set_title("true error of the latents after every step, and the estimate from the trace")
     axes.legend(frameon=False)
     return figure
@@ -321,10 +324,13 @@ def _draw_pairs(found: Findings) -> Figure:
     for row, pair in zip(rows, pairs, strict=True):
         plain, cached = _still(pair.uncached), _still(pair.cached)
         difference = np.clip(0.5 + _DIFFERENCE_GAIN * (cached - plain) / 2, 0, 1)
-        for axes, image in zip(row, (plain, cached, difference), strict=True):
+        images: tuple[NDArray[Any], ...] = (plain, cached, difference)
+        for axes, image in zip(row, images, strict=True):
             axes.imshow(image.squeeze(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
             axes.set_axis_off()
-        row[0].set_title(f"{pair.item[0][:44]}\nseed {pair.item[1]}, uncached", fontsize=7)
+        prompt = textwrap.shorten(pair.item[0], 90, placeholder="...")
+        title = textwrap.fill(f"{prompt} (seed {pair.item[1]}), uncached", 40)
+        row[0].set_title(title, fontsize=7)
         row[1].set_title(f"with the plan: {pair.psnr_db:.1f} dB", fontsize=7)
         row[2].set_title(f"difference x {_DIFFERENCE_GAIN / 2:g}", fontsize=7)
     return figure
@@ -375,7 +381,8 @@ td, th { padding: .15em 1em .15em 0; text-align: left; font-variant-numeric: tab
 pre { background: #f4f6f8; padding: .8em; white-space: pre-wrap }
 </style></head><body>
 <h1>{{ name }} on {{ model }}</h1>
-<table>{% for key, value in rows %}<tr><th>{{ key }}</th><td>{{ value }}</td></tr>{% endfor %}</table>
+<table>
+{% for key, value in rows %}<tr><th>{{ key }}</th><td>{{ value }}</td></tr>{% endfor %}</table>
 {% if note %}<pre>{{ note }}</pre>{% endif %}
 {% for title, file, data in figures %}
 <h2>{{ title }}</h2><img alt="{{ title }}" src="data:image/png;base64,{{ data }}">

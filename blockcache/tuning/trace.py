@@ -202,7 +202,8 @@ class _Scout(_Follower):
         super().__init__(denoiser, blocks)
         self.wirings: dict[int, Wiring] = {}
         self.block_ms: dict[int, list[float]] = defaultdict(list)
-        self.forward_ms: list[float] = []
+        self.head_ms: list[float] = []
+        self._inside_ms = 0.0
         self.first_s = self.last_s = 0.0
         self._watch: Watch | None = None
         self._is_cuda = any(p.is_cuda for p in denoiser.parameters())
@@ -211,13 +212,13 @@ class _Scout(_Follower):
         """Watch it if it is the branch's first, else time it."""
         self.locate(args, kwargs)
         self._watch = None if self.branch in self.wirings else Watch(self.blocks)
-        started = self._now()
+        self._inside_ms, started = 0.0, self._now()
         if self.tracker.steps and self.step == 0 and self.branch == 0:
             self.first_s = started
         output = inner(*args, **kwargs)
         self.last_s = self._now()
         if self._watch is None:
-            self.forward_ms.append(1e3 * (self.last_s - started))
+            self.head_ms.append(1e3 * (self.last_s - started) - self._inside_ms)
             return output
         try:
             self.wirings[self.branch] = self._watch.wiring()
@@ -234,7 +235,9 @@ class _Scout(_Follower):
             return output
         started = self._now()
         output = inner(*args, **kwargs)
-        self.block_ms[index].append(1e3 * (self._now() - started))
+        elapsed = 1e3 * (self._now() - started)
+        self.block_ms[index].append(elapsed)
+        self._inside_ms += elapsed
         return output
 
     def _now(self) -> float:
@@ -448,7 +451,7 @@ def _measured(stage: Stage, scout: _Scout, items: Sequence[Item]) -> dict[str, A
         "fixed": 1e3 * fixed,
         "computed": 1e3 * (run - fixed) / len(steps),
         "reused": 1e3 * _reused_s(stage, items[0], fixed, len(steps)),
-        "head": statistics.median(scout.forward_ms) - sum(block_ms),
+        "head": statistics.median(scout.head_ms),
         **_by_kind(scout.blocks, block_ms),
     }
     sampler = type(stage.pipe.scheduler).__name__

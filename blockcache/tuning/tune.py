@@ -12,6 +12,7 @@ The plan says what it reached there, what it cost to find, and which rival would
 """
 
 import logging
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -19,14 +20,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-
 from blockcache import api
 from blockcache.errors import BlockCacheError
 from blockcache.plan import MaskTable, Plan, Recipe, Rule, Site, Taylor
 from blockcache.plan.paths import Path as Mask
-from blockcache.plan.trace import Trace
 from blockcache.tuning import quality
+from blockcache.tuning.answer import Raced, asked_and_found, race, words_for, words_on_rivals
 from blockcache.tuning.compare import Rivals, trial_of
 from blockcache.tuning.goal import Goal, Measure, goal_from, least_pictures
 from blockcache.tuning.scoring import Exhausted, Ledger, Memory, Scorer
@@ -291,9 +290,10 @@ class _Tuner:
             )
         logger.warning("two uncached runs of one seed are %.1f dB apart", self.floor_db)
 
-    def _recipe(self, computed: Mask) -> Recipe:
+    def _recipe(self, computed: Mask, shape: Shape | None = None) -> Recipe:
         table = MaskTable((tuple(map(int, computed)),), self.screen.total, self.trace.sigmas)
-        return Recipe((self.shape.rule(table),), name=f"tuned {len(computed)}/{self.screen.total}")
+        rule = (shape or self.shape).rule(table)
+        return Recipe((rule,), name=f"tuned {len(computed)}/{self.screen.total}")
 
     # ---- search --------------------------------------------------------------------------------
 
@@ -343,6 +343,7 @@ class _Tuner:
             figures = self.scorer.figures(self._recipe(computed), self.calibration, self.goal)
             if self._is_enough(figures):
                 high = middle
+                self.best.found = Found(origin, computed, ())
             else:
                 low = middle + 1
         return low
@@ -371,8 +372,7 @@ class _Tuner:
         self.doing = "choosing what is reused"
         best, best_shape = found, self.shape
         for shape in SHAPES[1:]:
-            self.shape = shape
-            recipe = self._recipe(found.computed)
+            recipe = self._recipe(found.computed, shape)
             bonus = _CHEAPEST_BONUS_DB if shape.name == _CHEAPEST else 0.0
             distances = self.scorer.beats(recipe, self.calibration, best.distances, bonus)
             if distances is None:
@@ -480,63 +480,25 @@ class _Tuner:
                 words = self._race(rivals, recipe)
         except (KeyboardInterrupt, Exhausted):
             speed = float("nan")
-        reached = self._reached(speed)
-        plan = Plan(recipe, self.trace.fingerprint, self.screen.total, reached, "")
-        note = self._note(plan, found, speed, words)
-        if not self.best.is_met:
-            logger.warning("%s", note.splitlines()[0])
-        return Plan(recipe, self.trace.fingerprint, self.screen.total, reached, note)
-
-    def _reached(self, speed: float) -> dict[str, float]:
-        goal, figures = self.goal, [self.goal.sign * f for f in self.best.figures]
-        found = {"met": float(self.best.is_met), "confidence": self.confidence}
-        if goal.speedup is None:
-            found |= {"target": goal.target, "share": goal.share}
-        else:
-            found["target_speedup"] = goal.speedup
-        if figures:
-            worst = min(figures) if goal.sign > 0 else max(figures)
-            typical = goal.sign * goal.typical(self.best.figures)
-            found |= {
-                f"{goal.name}_median": float(np.median(figures)),
-                f"{goal.name}_mean": float(np.mean(figures)),
-                f"{goal.name}_worst": worst,
-                "checked": float(len(figures)),
-            }
-            if goal.speedup is None:
-                found["margin"] = goal.sign * (typical - goal.target)
-        if np.isfinite(speed):
-            found["speedup"] = speed
-        passes = self.ledger.runs / len(self.calibration)
-        minutes = (time.monotonic() - self._started) / 60
-        return {
-            **found,
+        figures = {
+            "met": float(self.best.is_met),
+            "confidence": self.confidence,
+            **asked_and_found(self.goal, self.best.figures),
+            **({"speedup": speed} if math.isfinite(speed) else {}),
             "calibrated": float(len(self.calibration)),
             "determinism_floor_db": self.floor_db,
-            "passes": passes,
-            "minutes": minutes,
+            "passes": self.ledger.runs / len(self.calibration),
+            "minutes": (time.monotonic() - self._started) / 60,
         }
-
-    def _note(self, plan: Plan, found: Found, speed: float, words: Sequence[str]) -> str:
-        goal, reached = self.goal, plan.reached
-        head = f"tuned for {goal.words()}"
-        if not self.best.is_met:
-            head += f": NOT MET, this is the closest ({self.best.why})"
-        lines = [head]
-        if self.best.figures:
-            lines.append(
-                f"on {len(self.best.figures)} other pictures: "
-                f"median {reached[f'{goal.name}_median']:.4g}, "
-                f"worst {reached[f'{goal.name}_worst']:.4g}"
-            )
-        lines.append(
+        how = (
             f"{len(found.computed)} of {self.screen.total} steps computed, {self.shape.name} "
             f"reused; mask {found.origin}"
         )
-        lines.append(
-            f"found in {reached['passes']:.1f} uncached passes, {reached['minutes']:.1f} min"
-        )
-        return "\n".join([*lines, *words])
+        why = "" if self.best.is_met else self.best.why
+        note = "\n".join([*words_for(self.goal, figures, how, why), *words])
+        if why:
+            logger.warning("%s", note.splitlines()[0])
+        return Plan(recipe, self.trace.fingerprint, self.screen.total, figures, note)
 
     def _race(self, rivals: Rivals, recipe: Recipe) -> list[str]:
         """What other ways give in the same time, on the first items of the check."""
@@ -544,30 +506,8 @@ class _Tuner:
         items = self.check[:_RIVAL_ITEMS]
         started = time.perf_counter()
         trial = trial_of(self.stage, recipe, items[0])
-        arms = rivals(trial)
+        arms = [arm for arm in rivals(trial) if not arm.objection]
         self.ledger.charge(time.perf_counter() - started)
-        ours = self.goal.typical(self.best.figures[: len(items)])
-        lines = []
-        for arm in arms:
-            if arm.objection:
-                continue
-            figures, seconds = [], []
-            for item in items:
-                with arm.within():
-                    found = self.stage.render(item, arm.steps)
-                self.ledger.charge(found.seconds)
-                if found.picture is None:
-                    raise RuntimeError("a render without a picture")
-                figures.append(self.goal.figure(found.picture, self.scorer.picture(item)))
-                seconds.append(found.seconds)
-            typical, spent = self.goal.typical(figures), statistics.median(seconds)
-            is_better = typical >= ours and spent <= self.seconds[1] * _SPEED_MARGIN
-            if is_better:
-                lines.append(
-                    f"rival {arm.name} ({arm.steps} steps) is as fast and nearer: "
-                    f"{self.goal.sign * typical:.4g} against {self.goal.sign * ours:.4g}"
-                )
-        return lines or ["no rival (fewer steps, other solvers) came as near in the same time"]
-
-
-__all__ = ["Effort", "Progress", "Trace", "split", "tune"]
+        ours = Raced("this plan", 0, tuple(self.best.figures[: len(items)]), self.seconds[1])
+        raced = [race(self.stage, self.scorer, self.goal, arm, items) for arm in arms]
+        return words_on_rivals(self.goal, ours, raced, _SPEED_MARGIN)

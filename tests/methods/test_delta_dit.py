@@ -1,6 +1,7 @@
 """Delta-DiT against its rule written out: rear blocks early, front blocks late."""
 
 import pytest
+
 import blockcache
 from blockcache import PlanError, recipes
 from paper_toys import SIZE, WIDTH, Transformer, UNet, text, walk

@@ -59,7 +59,7 @@ def test_deep_cache_is_for_unets():
 
 
 def block_dance(group, start, stop, depth):
-    """Within groups the hidden state behind block `depth` - 1 is taken over; block 0 always runs."""
+    """Within groups the hidden state behind block `depth` - 1 is taken over; block 0 runs."""
 
     def rule(model, words):
         state = {}
