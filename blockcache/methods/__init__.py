@@ -63,6 +63,11 @@ def by_name(name: str, **settings: object) -> Recipe:
             f"recipe {name!r} is calibrated: make a trace with blockcache.trace(pipe, prompts) and "
             f"enable blockcache.recipes.{name}(trace)"
         )
+    if missing:
+        raise PlanError(
+            f"recipe {name!r} cannot be made without {', '.join(missing)}: "
+            f"see help(blockcache.recipes.{name})"
+        )
     try:
         return make(**settings)
     except TypeError as error:

@@ -254,6 +254,11 @@ def test_by_name_alone_they_ask_for_a_trace(name):
         recipes.by_name(name)
 
 
+def test_by_name_alone_a_search_asks_for_its_score():
+    with pytest.raises(PlanError, match="'bud_cache' cannot be made without score: see help"):
+        recipes.by_name("bud_cache")
+
+
 def test_channel_tables_refuse_what_does_not_fill_them():
     table = ChannelTable.of("hidden_states", np.ones((2, 3, 2, 4), np.float32))
     assert table.array().shape == (2, 3, 2, 4)
