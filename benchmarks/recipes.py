@@ -205,8 +205,9 @@ def draw(found: dict[str, dict[str, Any]], file: Path) -> None:
     figure, panels = pyplot.subplots(1, 2, figsize=(13, 6.5), sharex=True)
     markers = "osD^v<>ph*X"
     for panel, which in zip(panels, ("median", "worst"), strict=True):
-        for i, (name, entry) in enumerate(sorted(found.items())):
-            line = sorted(entry.get("points", ()), key=lambda p: p["speedup"])
+        measured = {name: entry["points"] for name, entry in found.items() if "points" in entry}
+        for i, (name, line) in enumerate(sorted(measured.items())):
+            line = sorted(line, key=lambda p: p["speedup"])
             panel.plot(
                 [p["speedup"] for p in line],
                 [p["psnr_db"][which] for p in line],

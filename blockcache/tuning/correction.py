@@ -8,6 +8,7 @@ with the model itself frozen. Both end as a table in the recipe, so that neither
 """
 
 import logging
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeAlias
@@ -341,7 +342,7 @@ def time_embedding(step: Step) -> torch.Tensor:
 
     time = torch.tensor([1000.0 * step.noise_time])
     embedding: torch.Tensor = get_timestep_embedding(time, _EMBEDDING)[0]
-    return embedding / (_EMBEDDING / 2) ** 0.5
+    return embedding / math.sqrt(_EMBEDDING / 2)
 
 
 def _detached(output: Any) -> Any:

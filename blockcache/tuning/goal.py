@@ -53,7 +53,20 @@ class Goal:
         `share` of all pictures did, so many here would be less likely than 1 - `confidence`.
         """
         reached = sum(map(self.reaches, figures))
-        return chance(reached, len(figures), self.share) <= 1 - confidence + 1e-12
+        return reached >= self.needed(len(figures), confidence)
+
+    def needed(self, count: int, confidence: float) -> int:
+        """How many of `count` pictures must reach it for `holds`; count + 1 if none convince."""
+        error = 1 - confidence + 1e-12
+        return next(
+            (k for k in range(count + 1) if chance(k, count, self.share) <= error), count + 1
+        )
+
+    def shortfall(self, figures: Sequence[float], confidence: float) -> float:
+        """By how much the figure that decides `holds` misses the target, negative if not at all."""
+        ranked = sorted(figures, reverse=True)
+        deciding = ranked[min(self.needed(len(figures), confidence), len(figures)) - 1]
+        return self.sign * self.target - deciding
 
     def words(self) -> str:
         """The goal in a few words."""

@@ -15,7 +15,43 @@ from ..common import (
     pick_backend,
     to_heads_first,
 )
+from .flex import flex_objection, flex_sparse_attention
 from .plan import Centroids, SparsePlan
+
+
+def is_supported(
+    backend: str,
+    query: Tensor,
+    plan: SparsePlan,
+    *,
+    return_lse: bool = False,
+    initial: tuple[Tensor, Tensor] | None = None,
+    centroids: Centroids | None = None,
+    key_lengths: Tensor | None = None,
+) -> tuple[bool, str]:
+    """Whether `sparse_attention` would take this call with this backend, and if not, why.
+
+    Args:
+        backend: "torch", "triton" or "flex".
+        query: As for `sparse_attention`, and so is the rest.
+        plan: Chosen blocks.
+        return_lse: Whether the log-sum-exp is asked for.
+        initial: Earlier result, if any.
+        centroids: Stand-ins, if any.
+        key_lengths: Lengths, if any.
+    """
+    extras = {
+        "return_lse": return_lse, "initial": initial, "centroids": centroids,
+        "key_lengths": key_lengths,
+    }  # fmt: skip
+    if backend == "flex":
+        reason = flex_objection(query, plan, extras)
+        return not reason, reason
+    try:
+        pick_backend(backend, query)
+    except ValueError as error:
+        return False, str(error)
+    return True, ""
 
 
 def sparse_attention(
@@ -48,7 +84,8 @@ def sparse_attention(
             in `layout`, the LSE `[B, H, Sq]`.
         centroids: Stand-ins `[B, H, nK, D]` for the blocks that were not chosen.
         key_lengths: int32 or int64 `[B]`; keys at and after this position are left out.
-        backend: "torch", "triton" or None for the best that can run here.
+        backend: "torch", "triton" or None for the best that can run here; or "flex", torch's
+            compiled flex_attention, which `is_supported` says more about.
 
     Returns:
         The output in `layout` and the query's dtype; with `return_lse` a pair.
@@ -77,6 +114,11 @@ def sparse_attention(
         "centroids": centroids,
         "key_lengths": key_lengths,
     }
+    if backend == "flex":
+        reason = flex_objection(q, plan, options | {"return_lse": return_lse})
+        if reason:
+            raise ValueError(f"backend='flex' was asked for: {reason}. Use backend=None.")
+        return as_layout(flex_sparse_attention(q, k, v, plan, scale), None, layout)
     if pick_backend(backend, q) == "triton":
         from .kernel import sparse_attention_triton
 

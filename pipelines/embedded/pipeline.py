@@ -80,12 +80,12 @@ def save_pipeline(pipeline: Any, weights: Mapping[str, torch.Tensor], folder: Pa
     pipeline.vae.half()
     pipeline.save_pretrained(folder, safe_serialization=True)
     for path in (folder / "model_index.json", *folder.glob("*/*config.json")):
-        _tidy(path)
+        tidy(path)
     for path in folder.rglob("*.*"):
         path.chmod(0o644)
 
 
-def _tidy(path: Path) -> None:
+def tidy(path: Path) -> None:
     """Forget where the pipeline was loaded from; name a tokenizer class of transformers 4 and 5."""
     settings = json.loads(path.read_text().replace("TokenizersBackend", "PreTrainedTokenizerFast"))
     settings.pop("_name_or_path", None)

@@ -14,6 +14,7 @@ five
 Embeddings, values, feed-forward layers and the CLIP encoder are trained.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -49,21 +50,25 @@ _FREE = 6
 _PLACE, _PLACE_GAIN = 20.0, 60.0
 
 
-def encode(captions: list[str], length: int = TEXT_LENGTH) -> torch.Tensor:
+def encode(
+    captions: list[str],
+    length: int = TEXT_LENGTH,
+    vocabulary: Mapping[str, int] = VOCABULARY,
+) -> torch.Tensor:
     """Token ids ``[N, length]`` of plain captions, as the tokenizer gives them; for training."""
     ids = torch.full((len(captions), length), PAD)
     for row, caption in zip(ids, captions, strict=True):
-        tokens = [VOCABULARY.get(word, UNK) for word in caption.lower().split()] + [EOS]
+        tokens = [vocabulary.get(word, UNK) for word in caption.lower().split()] + [EOS]
         row[: len(tokens)] = torch.tensor(tokens)
     return ids
 
 
-def make_tokenizer(length: int = TEXT_LENGTH) -> Any:
-    """A word tokenizer (43 entries) that lower-cases and appends ``</s>``."""
+def make_tokenizer(length: int = TEXT_LENGTH, vocabulary: Mapping[str, int] = VOCABULARY) -> Any:
+    """A word tokenizer that lower-cases and appends ``</s>``."""
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
-    tokenizer = Tokenizer(models.WordLevel(VOCABULARY, unk_token="<unk>"))
+    tokenizer = Tokenizer(models.WordLevel(dict(vocabulary), unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.post_processor = processors.TemplateProcessing(

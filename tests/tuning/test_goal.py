@@ -55,6 +55,14 @@ def test_a_promise_needs_more_than_half_of_the_pictures():
     assert asked.holds([30.0] * 4, 0.9)
 
 
+def test_the_shortfall_is_that_of_the_picture_that_decides():
+    asked = goal(psnr=30)
+    assert asked.needed(16, 0.9) == 12 and asked.needed(3, 0.9) == 4
+    figures = [40.0] * 11 + [27.0] + [10.0] * 4
+    assert asked.shortfall(figures, 0.9) == 3 and not asked.holds(figures, 0.9)
+    assert asked.shortfall([31.0] * 12 + [0.0] * 4, 0.9) == -1
+
+
 def test_a_check_has_enough_pictures_to_convince():
     for share, confidence in ((0.5, 0.9), (0.8, 0.9), (0.5, 0.99)):
         count, asked = least_pictures(share, confidence), goal(share, psnr=30)

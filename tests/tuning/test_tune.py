@@ -196,10 +196,11 @@ def items(*prompts):
 
 
 def test_a_third_is_searched_on_and_twice_as_many_check():
-    calibration, check = split(items(*map(str, range(30))))
+    calibration, check = split(items(*map(str, range(30))), 6)
     assert [p for p, _ in calibration] == list(map(str, range(8)))
     assert [p for p, _ in check] == list(map(str, range(8, 24)))
     assert not set(calibration) & set(check)
+    assert len(split(items(*map(str, range(30))), 6, 1.5)[1]) == 12
 
 
 def test_few_prompts_check_with_other_seeds():
@@ -212,7 +213,7 @@ def test_few_prompts_check_with_other_seeds():
 
 def test_repeated_prompts_and_one_prompt_are_said(caplog):
     with caplog.at_level(logging.WARNING, "blockcache"):
-        split(items("a", "b", "a", "c"))
+        split(items("a", "b", "a", "c"), 6)
     assert "1 prompts are in the calibration and in the check" in caplog.text
     with caplog.at_level(logging.WARNING, "blockcache"):
         calibration, check = split(items("only"), least=2)

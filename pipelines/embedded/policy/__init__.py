@@ -1,0 +1,1 @@
+"""The embedded diffusion policy: its pushing task, its model and pipeline, its training."""
