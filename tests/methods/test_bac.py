@@ -52,6 +52,7 @@ def trace_of(features):
         unet=False,
         sites=sites,
         latents=np.zeros((PROMPTS, 1), np.float32),
+        early=np.zeros((PROMPTS, 0), np.float32),
         milliseconds={},
         block_ms=(),
     )
