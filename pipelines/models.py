@@ -31,12 +31,6 @@ def _shape_prompts() -> tuple[str, ...]:
     return tuple(held_out_prompts(_DEFAULT_PROMPTS, seed=0))
 
 
-def _motion_prompts() -> tuple[str, ...]:
-    from blockcache.pipelines.embedded.world_video import held_out_prompts
-
-    return tuple(held_out_prompts(_DEFAULT_PROMPTS, seed=0))
-
-
 @dataclass(frozen=True)
 class Embedded:
     """A model that comes with the package. prompts: what to render if nothing is asked for."""
@@ -51,11 +45,6 @@ EMBEDDED = {
         _EMBEDDED_ROOT / "tiny_image",
         "FluxPipeline, coloured shapes, 64 x 64 px, trained on a CPU",
         _shape_prompts,
-    ),
-    "tiny-video": Embedded(
-        _EMBEDDED_ROOT / "tiny_video",
-        "WanPipeline, moving shapes, 23 frames of 128 x 128 px, trained on a CPU",
-        _motion_prompts,
     ),
 }
 

@@ -1,6 +1,5 @@
 """Several processes, and processes that are killed: nothing is lost, nothing is done twice."""
 
-import itertools
 import json
 import os
 import random
@@ -200,34 +199,3 @@ def test_kills_of_the_real_command_on_the_embedded_model(prompts, tmp_path, repo
         kills += 1
     subprocess.run(command(prompts, out), cwd=repository, check=True, capture_output=True)
     check(out, calm)
-
-
-@pytest.mark.slow
-def test_two_processes_are_1_7_times_as_fast_as_one(prompts, tmp_path, repository):
-    """One thread each, from the first item to the last; the best of three, for noise only slows."""
-    if len(os.sched_getaffinity(0)) < 2:
-        pytest.skip("needs two cores")
-
-    def seconds(processes: int, attempt: int) -> float:
-        out = tmp_path / f"{processes}-{attempt}"
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        running = [
-            subprocess.Popen(
-                command(prompts, out),
-                cwd=repository,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-                env=environment | {"RANK": str(rank)},
-            )  # fmt: skip
-            for rank in range(processes)
-        ]
-        assert [process.wait() for process in running] == [0] * processes
-        rows = sorted(manifest(out), key=lambda row: row["finished"])
-        # While all of them are at work: loading is not what is measured, nor is the tail.
-        ranks = itertools.groupby(sorted(rows, key=lambda r: r["rank"]), lambda r: r["rank"])
-        begin = max(next(mine)["finished"] for _, mine in ranks)
-        during = [row for row in rows if row["finished"] >= begin]
-        return (during[-1]["finished"] - begin) / (len(during) - 1)
-
-    ratios = [seconds(1, i) / seconds(2, i) for i in range(3)]
-    assert max(ratios) >= 1.7, ratios
