@@ -29,7 +29,7 @@ import torch
 import blockcache
 from benchmarks.readme import filled
 from blockcache.pipelines import models
-from blockcache.pipelines.cli import quiet_hosts
+from blockcache.pipelines.options import quiet_hosts
 from blockcache.pipelines.embedded.world import held_out_prompts
 from blockcache.pipelines.generate import claims, generate
 from blockcache.tuning import environment

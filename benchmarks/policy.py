@@ -24,7 +24,6 @@ import blockcache
 from benchmarks.presets import commit
 from blockcache import Recipe
 from blockcache.methods.bac import bac
-from blockcache.pipelines.cli import quiet_hosts
 from blockcache.pipelines.embedded.policy import task
 from blockcache.pipelines.embedded.policy.pipeline import (
     PolicyPipeline,
@@ -33,6 +32,7 @@ from blockcache.pipelines.embedded.policy.pipeline import (
     roll_out,
     written,
 )
+from blockcache.pipelines.options import quiet_hosts
 from blockcache.plan import MaskTable, Rule, Site
 from blockcache.plan.spec import to_json
 from blockcache.plan.trace import Trace

@@ -17,8 +17,8 @@ import torch
 import blockcache
 from blockcache.methods.presets import BUDGETS
 from blockcache.pipelines import models, samplers
-from blockcache.pipelines.cli import quiet_hosts
 from blockcache.pipelines.embedded.world import held_out_prompts
+from blockcache.pipelines.options import quiet_hosts
 from blockcache.tuning.compare import compare
 from blockcache.tuning.comparison import Comparison, Entry
 

@@ -19,8 +19,8 @@ import blockcache
 from benchmarks.presets import FIRST_SEED, PROMPT_SEED, PROMPTS, commit
 from blockcache import recipes
 from blockcache.pipelines import models, samplers
-from blockcache.pipelines.cli import quiet_hosts
 from blockcache.pipelines.embedded.world import held_out_prompts
+from blockcache.pipelines.options import quiet_hosts
 from blockcache.plan import Recipe
 from blockcache.plan.trace import Trace
 from blockcache.tuning.compare import Arm, Trial, compare

@@ -79,8 +79,7 @@ def enable(target: T, what: What = "balanced", *, scheduler: Any = None, group: 
         hides_blocks = _is_wrapped(target, model) or (
             model._compiled_call_impl is not None and not runner.needs_no_blocks
         )
-        blocks = [block.module for block in runner.blocks]
-        Attachment(runner, model, blocks, [part.module for part in runner.parts])
+        Attachment(runner)
         if hides_blocks:
             runner.say(COMPILED_WHOLE)
         name, count = type(model).__name__, len(runner.blocks)

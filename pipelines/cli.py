@@ -1,13 +1,11 @@
 """The command `blockcache`. Exit codes: 0 done, 1 failed, 2 bad input (one line on stderr)."""
 
-import contextlib
 import importlib
 import json
-import logging
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,9 +13,9 @@ from typing import Any
 import click
 
 from blockcache.errors import BlockCacheError
+from blockcache.pipelines.options import bar, common_options, debug_option, loaded
 
 FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
-_MAX_PROMPT_BYTES = 8 * 2**20
 # Commands with files of their own, loaded when they are asked for.
 _ELSEWHERE = {
     "generate": "blockcache.pipelines.generate.cli",
@@ -79,15 +77,9 @@ def _is_failure(error: BaseException) -> bool:
     return isinstance(error, QualityError)
 
 
-def _debug_option(command: Callable[..., Any]) -> Callable[..., Any]:
-    return click.option(
-        "--debug", is_flag=True, expose_value=False, help="Show tracebacks of errors."
-    )(command)
-
-
 @click.group(cls=OneLineErrors, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="blockcache")
-@_debug_option
+@debug_option
 def main() -> None:
     """Faster diffusers pipelines by not doing work again, at a quality that is measured."""
 
@@ -96,23 +88,11 @@ def main() -> None:
 
 
 @main.command()
-@click.option(
-    "--model", default="tiny-image", show_default=True, help="Embedded name, folder or hub id."
-)
+@common_options
 @click.option("--preset", help="quality, balanced or fast; balanced if nothing is said.")
 @click.option("--recipe", help="A recipe's name, see `blockcache recipes`.")
 @click.option("--plan", type=click.Path(path_type=Path), help="A plan file.")
 @click.option("--prompt", "prompt", multiple=True, help="A prompt; may be repeated.")
-@click.option("--prompts", type=click.Path(path_type=Path), help="Text file, one prompt a line.")
-@click.option("--steps", type=click.IntRange(1, 10_000), help="Sampler steps.")
-@click.option(
-    "--seed", type=click.IntRange(0, 2**62), default=0, show_default=True, help="Of the first item."
-)
-@click.option("--height", type=click.IntRange(1), help="In pixels.")
-@click.option("--width", type=click.IntRange(1), help="In pixels.")
-@click.option("--device", help="For example cuda; the first GPU if there is one, else cpu.")
-@click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="Of weights.")
-@click.option("--threads", type=click.IntRange(1), help="CPU threads; 1 for embedded models.")
 @click.option(
     "--repeats", type=click.IntRange(1), default=3, show_default=True, help="Of each picture."
 )
@@ -121,25 +101,16 @@ def main() -> None:
     "--out", type=click.Path(path_type=Path), default=Path("outputs/compare"), show_default=True
 )
 @click.option("--json", "as_json", is_flag=True, help="Print compare.json instead of the table.")
-@_debug_option
 def compare(
-    model: str,
     preset: str | None,
     recipe: str | None,
     plan: Path | None,
     prompt: tuple[str, ...],
-    prompts: Path | None,
-    steps: int | None,
-    seed: int,
-    height: int | None,
-    width: int | None,
-    device: str | None,
-    dtype: str | None,
-    threads: int | None,
     repeats: int,
     rivals: bool,
     out: Path,
     as_json: bool,
+    **common: Any,
 ) -> None:
     """Render with and without the cache and say what it cost and what it saved."""
     from blockcache.pipelines import compare as writer
@@ -147,30 +118,20 @@ def compare(
     from blockcache.tuning.compare import compare as race
 
     what = _what(preset, recipe, plan)
-    found = models.find(model)
-    items = [*prompt, *(read_prompts(prompts) if prompts else ())] or list(found.prompts)
-    if not items:
-        raise BlockCacheError("no prompts: give --prompt TEXT or --prompts FILE")
     writer.check_folder(out)
-    is_embedded = model in models.EMBEDDED
-    set_threads(threads, is_embedded)
-    place = models.device_for(device)
-    quiet_hosts()
-    pipe = models.load(found, place, _dtype(dtype, place.type, is_embedded))
-    asked = {"num_inference_steps": steps, "height": height, "width": width}
-    call = found.call | {key: value for key, value in asked.items() if value is not None}
-    with _progress(is_shown=not as_json) as on_progress:
+    pipe, prompts, call = loaded(common, prompt)
+    with bar("rendering", is_shown=not as_json) as on_progress:
         outcome = race(
             pipe,
             what,
-            items,
-            range(seed, seed + len(items)),
+            prompts,
+            range(common["seed"], common["seed"] + len(prompts)),
             repeats,
             rivals=samplers.rivals if rivals else None,
             on_progress=on_progress,
             **call,
         )
-    outcome = replace(outcome, model=found.name)
+    outcome = replace(outcome, model=models.find(common["model"]).name)
     files = writer.write(outcome, out)
     figures = json.dumps(outcome.as_dict(), indent=1, allow_nan=False)
     click.echo(figures if as_json else str(outcome))
@@ -192,83 +153,11 @@ def _what(preset: str | None, recipe: str | None, plan: Path | None) -> Any:
     return api.read(plan) if plan is not None else recipe or preset or "balanced"
 
 
-def read_prompts(path: Path) -> list[str]:
-    """The lines of a text file, blank ones left out.
-
-    Raises:
-        BlockCacheError: no readable file of UTF-8 text, too large, or nothing in it.
-    """
-    if not path.is_file():
-        found = "a folder" if path.is_dir() else "nothing"
-        raise BlockCacheError(f"cannot read prompts from {path}: found {found}, expected a file")
-    try:
-        if path.stat().st_size > _MAX_PROMPT_BYTES:
-            raise BlockCacheError(f"{path} is larger than {_MAX_PROMPT_BYTES >> 20} MiB; not read")
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise BlockCacheError(f"cannot read prompts from {path}: {error}") from None
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    if not lines:
-        raise BlockCacheError(f"no prompts in {path}")
-    return lines
-
-
-def set_threads(wanted: int | None, is_embedded: bool) -> None:
-    """Embedded models are so small that a second thread costs more than it does."""
-    import torch
-
-    if wanted is not None:
-        torch.set_num_threads(wanted)
-    elif is_embedded and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(1)
-
-
-def _dtype(wanted: str | None, device: str, is_embedded: bool) -> Any:
-    import torch
-
-    if wanted is None:
-        wanted = "bfloat16" if device == "cuda" and not is_embedded else "float32"
-    return getattr(torch, wanted)
-
-
-def quiet_hosts() -> None:
-    """Keep the hosts' remarks and progress bars out of what we print."""
-    import transformers
-
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    import diffusers
-
-    diffusers.utils.logging.set_verbosity_error()
-    diffusers.utils.logging.disable_progress_bar()
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
-
-
-@contextlib.contextmanager
-def _progress(is_shown: bool) -> Iterator[Callable[[int, int], None]]:
-    """A bar on stderr while pictures are rendered; nothing where stderr is not a terminal."""
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-    )
-
-    console = Console(stderr=True)
-    columns = (TextColumn("rendering"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    shown = console.is_terminal and is_shown
-    with Progress(*columns, console=console, transient=True, disable=not shown) as bar:
-        task = bar.add_task("rendering", total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
-
-
 # ---- what there is ------------------------------------------------------------------------------
 
 
 @main.command()
-@_debug_option
+@debug_option
 def models() -> None:
     """List embedded models and the families the tests cover."""
     from blockcache.pipelines.models import EMBEDDED, FAMILIES
@@ -288,7 +177,7 @@ def models() -> None:
 
 
 @main.command()
-@_debug_option
+@debug_option
 def recipes() -> None:
     """List presets and recipes with their settings."""
     from blockcache.methods.presets import BUDGETS
@@ -302,7 +191,7 @@ def recipes() -> None:
 
 
 @main.command()
-@_debug_option
+@debug_option
 def env() -> None:
     """Print versions and machine, for a problem report."""
     import torch
@@ -330,7 +219,7 @@ def plans() -> None:
 
 @plans.command()
 @click.argument("file", type=click.Path(path_type=Path))
-@_debug_option
+@debug_option
 def show(file: Path) -> None:
     """Draw what a plan computes and what it reuses."""
     from rich.console import Console

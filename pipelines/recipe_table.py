@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from blockcache import methods
-from blockcache.plan import Fingerprint, Gate, MaskTable, Recipe, Rule, Within
+from blockcache.plan import Gate, MaskTable, Recipe, Rule, Within
 from blockcache.plan.policies import StaticPolicy
 from blockcache.plan.trace import Place, SiteTrace, Trace
 
@@ -150,30 +150,13 @@ def _reference(rule: Rule) -> int:
 def _example_trace() -> Trace:
     """A trace with every place in it. A row shows what a recipe is made of, not these numbers."""
     steps, blocks = 20, 2
-    payloads = np.random.default_rng(0).normal(size=(1, steps, 8)).cumsum(1)
-    gram = payloads @ payloads.swapaxes(1, 2)
-    l1 = np.abs(payloads[:, :, None] - payloads[:, None]).mean(3)
-    size, ones = np.abs(payloads).mean(2), np.ones((1, steps))
-    site = SiteTrace(8, gram, l1, size, ones, payloads.astype(np.float32))
+    site = SiteTrace.of(np.random.default_rng(0).normal(size=(1, steps, 8)).cumsum(1))
     places = [("stack", 0, kind) for kind in ("residual", "output")]
     places += [("model", 0, "output")]
     places += [("block", i, "residual") for i in range(blocks)]
     places += [(scope, i, "output") for scope in ("attn", "cross", "mlp") for i in range(blocks)]
-    return Trace(
-        fingerprint=Fingerprint("", "", blocks),
-        sigmas=tuple(1.0 - i / steps for i in range(steps)),
-        prompts=("",),
-        seeds=(0,),
-        settings={},
-        chains=(blocks,),
-        unet=False,
-        sites={Place(scope, i, kind, "0"): site for scope, i, kind in places},
-        latents=np.zeros((1, 1), np.float32),
-        early=np.zeros((1, 0), np.float32),
-        milliseconds={},
-        block_ms=(1.0,) * blocks,
-        segments=l1[0],
-    )
+    sites = {Place(scope, i, kind, "0"): site for scope, i, kind in places}
+    return Trace.of(sites, block_ms=(1.0,) * blocks, segments=site.l1[0])
 
 
 _EXAMPLES: dict[str, Callable[[], Any]] = {

@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from blockcache.pipelines.tune_cli import bar, common_options, loaded
+from blockcache.pipelines.options import bar, common_options, loaded
 
 
 @click.command("report")

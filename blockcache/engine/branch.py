@@ -14,14 +14,12 @@ from blockcache.engine.deciding import Decider, GateDecider, decider_for
 from blockcache.engine.geometry import Arrangement
 from blockcache.engine.parts import Cell, Seen
 from blockcache.engine.stats import BranchStats
-from blockcache.engine.wiring import Port, Wiring, bind, leaf_at
+from blockcache.engine.wiring import Port, Values, Wiring, bind, leaf_at
 from blockcache.kernels.linear_combine import linear_combine
 from blockcache.plan.forecasts import ProbeRatio, ScaleShift
 from blockcache.plan.recipe import Recipe, Rule
 from blockcache.plan.sites import Layout
 from blockcache.plan.steps import Step
-
-Values = dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ import torch
 
 from blockcache.engine import signals
 from blockcache.engine.groups import summed
+from blockcache.engine.wiring import Values
 from blockcache.kernels.linear_combine import linear_combine
 from blockcache.plan.forecasts import ProbeRatio
 from blockcache.plan.policies import Codebook, Gate, Ranked, Verified
@@ -25,8 +26,6 @@ if TYPE_CHECKING:
     from blockcache.engine.branch import Branch, Unit
     from blockcache.engine.parts import Cell
     from blockcache.engine.run import Forward, Run
-
-Values = dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -60,7 +59,17 @@ class Decider:
         """The last comparison, sums `[samples, n]`, still on the device."""
 
     def before(self, run: "Run", branch: "Branch", step: Step) -> Verdict | None:
-        """The decision before the first block; None leaves it open and computes until then."""
+        """The decision before the first block; None leaves it open and computes until then.
+
+        That of the step's first branch where there is one to follow, else an own one.
+        """
+        if self.follows(run) and self._has_history(branch):
+            return run.verdicts[self.number]
+        verdict = run.verdicts[self.number] = self.decide(run, branch, step)
+        return verdict
+
+    def decide(self, run: "Run", branch: "Branch", step: Step) -> Verdict:
+        """The first branch's decision before the first block."""
         raise NotImplementedError
 
     def passed(
@@ -92,6 +101,10 @@ class Decider:
 
     def _forced(self, branch: "Branch", step: Step) -> str:
         return self.rule.forced(step, self._streak(branch))
+
+    def _due(self, branch: "Branch", step: Step) -> str:
+        """What asks for computing whatever is measured."""
+        return self._forced(branch, step) or ("" if self._has_history(branch) else "no history")
 
     def _streak(self, branch: "Branch") -> int:
         """Steps since all of the rule was computed."""
@@ -359,14 +372,8 @@ class RankedDecider(Decider):
         self.policy = policy
         self._chosen: frozenset[int] | None = None
 
-    def before(self, run: "Run", branch: "Branch", step: Step) -> Verdict | None:
+    def decide(self, run: "Run", branch: "Branch", step: Step) -> Verdict:
         """Full, or the chosen units."""
-        if self.follows(run) and self._has_history(branch):
-            return run.verdicts[self.number]
-        run.verdicts[self.number] = verdict = self._verdict(run, branch, step)
-        return verdict
-
-    def _verdict(self, run: "Run", branch: "Branch", step: Step) -> Verdict:
         asked = self._forced(branch, step)
         if asked or self.policy.is_full(step) or not self._has_history(branch, 2):
             self._chosen = None
@@ -418,33 +425,22 @@ class CodebookDecider(Decider):
         self.policy = policy
         self._reference: torch.Tensor | None = None
         self._at = self._before = 0
-        self._due = 0
+        self._date = 0
 
-    def before(self, run: "Run", branch: "Branch", step: Step) -> Verdict | None:
+    def decide(self, run: "Run", branch: "Branch", step: Step) -> Verdict:
         """Reuse until the date."""
-        if self.follows(run) and self._has_history(branch):
-            return run.verdicts[self.number]
-        asked = self._forced(branch, step)
         if self.change is not None:
-            self._set_date(run, branch)
-        if not asked and not self._has_history(branch):
-            asked = "no history"
-        if not asked and step.index >= self._due:
-            asked = "interval"
-        run.verdicts[self.number] = Verdict(asked)
-        return run.verdicts[self.number]
+            self._date = self._at + self._interval(run, branch, self.change)
+            self.change = None
+        is_over = step.index >= self._date
+        return Verdict(self._due(branch, step) or ("interval" if is_over else ""))
 
-    def _set_date(self, run: "Run", branch: "Branch") -> None:
-        if self.change is None:
-            return
-        steps = self._at - self._before
-        difference, magnitude = summed(self.change, run.group)[0]
-        per_step = torch.stack([difference / steps, magnitude])
+    def _interval(self, run: "Run", branch: "Branch", change: torch.Tensor) -> int:
+        difference, magnitude = summed(change, run.group)[0]
+        per_step = torch.stack([difference / (self._at - self._before), magnitude])
         branch.stats.changes.append(per_step)
-        self.change = None
         difference, magnitude = per_step.tolist()
-        change = difference / magnitude if magnitude > 0 else float("inf")
-        self._due = self._at + self.policy.interval(change)
+        return self.policy.interval(difference / magnitude if magnitude > 0 else float("inf"))
 
     def passed(
         self, run: "Run", forward: "Forward", entered: Values, output: Any
@@ -463,7 +459,7 @@ class CodebookDecider(Decider):
         """Forget the reference."""
         super().drop()
         self._reference = None
-        self._due = 0
+        self._date = 0
 
     def tensors(self) -> list[torch.Tensor]:
         """The block's residual."""
@@ -482,17 +478,15 @@ class VerifiedDecider(Decider):
         self._history: deque[tuple[Step, torch.Tensor]] = deque(maxlen=rule.predictor.depth)
 
     def before(self, run: "Run", branch: "Branch", step: Step) -> Verdict | None:
+        """As the first branch, or an own decision, which is checked at the last block."""
+        self._is_leading = False
+        return super().before(run, branch, step)
+
+    def decide(self, run: "Run", branch: "Branch", step: Step) -> Verdict:
         """Reuse for now."""
-        self._is_leading = not (self.follows(run) and self._has_history(branch))
-        if not self._is_leading:
-            return run.verdicts[self.number]
-        asked = self._forced(branch, step)
-        if not asked and not self._has_history(branch):
-            asked = "no history"
-        if not asked and self._streak(branch) >= self.policy.most:
-            asked = "longest streak"
-        run.verdicts[self.number] = Verdict(asked)
-        return run.verdicts[self.number]
+        self._is_leading = True
+        is_long = self._streak(branch) >= self.policy.most
+        return Verdict(self._due(branch, step) or ("longest streak" if is_long else ""))
 
     def passed(
         self, run: "Run", forward: "Forward", entered: Values, output: Any

@@ -7,17 +7,25 @@ graph, with our eager wrapper outside; a skipped block is not onloaded by offloa
 copies and pickles of the model come without us, for PyTorch leaves that slot out of them.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
 from torch import nn
+
+from blockcache.engine.blocks import Blocks
+from blockcache.engine.parts import Part
 
 Call = Callable[..., Any]
 
 
 class Engine(Protocol):
     """What the hooks call; `inner` makes the call that was intercepted."""
+
+    denoiser: nn.Module
+    blocks: Blocks
+    parts: tuple[Part, ...]
 
     def forward(self, inner: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """In place of the denoiser."""
@@ -101,23 +109,17 @@ class Attachment(_Hook):
     is_traced: the whole model was compiled; the compiler then inlines the blocks' own forwards.
     """
 
-    def __init__(
-        self,
-        engine: Engine,
-        denoiser: nn.Module,
-        blocks: Sequence[nn.Module],
-        parts: Sequence[nn.Module] = (),
-    ) -> None:
+    def __init__(self, engine: Engine) -> None:
         """Attach; if anything fails, what was done is undone."""
         self.engine = engine
         self.is_traced = False
         self._inside: list[BlockHook | PartHook] = []
         try:
-            for index, module in enumerate(blocks):
-                self._inside.append(BlockHook(self, index, module))
-            for number, module in enumerate(parts):
-                self._inside.append(PartHook(self, number, module))
-            super().__init__(denoiser)
+            for index, block in enumerate(engine.blocks):
+                self._inside.append(BlockHook(self, index, block.module))
+            for number, part in enumerate(engine.parts):
+                self._inside.append(PartHook(self, number, part.module))
+            super().__init__(engine.denoiser)
         except BaseException:
             self._remove_inside()
             raise
@@ -140,6 +142,16 @@ class Attachment(_Hook):
         for hook in reversed(self._inside):
             hook.remove()
         self._inside = []
+
+
+@contextmanager
+def attached(engine: Engine) -> Iterator[None]:
+    """Route the calls of its denoiser through `engine` for the length of a `with` block."""
+    attachment = Attachment(engine)
+    try:
+        yield
+    finally:
+        attachment.detach()
 
 
 def attachment_of(denoiser: nn.Module) -> Attachment | None:

@@ -16,11 +16,10 @@ import torch
 from torch import nn
 
 from blockcache.engine.blocks import Blocks
-from blockcache.engine.wiring import Gap, filled, is_opaque, leaves, outline
+from blockcache.engine.wiring import Gap, Values, filled, is_opaque, leaves, mapped
 from blockcache.plan.recipe import Rule
 from blockcache.plan.steps import Step
 
-Values = dict[str, torch.Tensor]
 Kind = Literal["attention", "mlp", "transformer"]
 
 _PROJECTIONS = ({"to_q", "to_k"}, {"to_qkv"}, {"qkv"}, {"to_q", "to_kv"}, {"q_proj", "k_proj"})
@@ -158,7 +157,7 @@ class Cell:
 
     def values(self, rule: Rule, entered: torch.Tensor | None, output: Any) -> Values:
         """What a computed call stores: copies."""
-        self.form = outline(output)
+        self.form = mapped(output, Gap.of)
         base = self.base(rule, entered)
         stored = {}
         for path, leaf in leaves(output):

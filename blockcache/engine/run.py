@@ -7,12 +7,12 @@ from typing import Any
 import torch
 
 from blockcache.engine.attention import SparseForward, SparseRun
-from blockcache.engine.branch import Branch, Role, Unit, Values
+from blockcache.engine.branch import Branch, Role, Unit
 from blockcache.engine.deciding import Decider, Verdict
 from blockcache.engine.parts import Seen
 from blockcache.engine.stats import RunStats
 from blockcache.engine.tracker import BranchNames
-from blockcache.engine.wiring import Watch
+from blockcache.engine.wiring import Values, Watch
 from blockcache.plan.recipe import Recipe, Schedule
 from blockcache.plan.steps import Step
 

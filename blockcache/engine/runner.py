@@ -7,6 +7,8 @@ or exceptions. Whatever is not understood is computed, counted and said once.
 
 import logging
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,7 +17,7 @@ from torch import nn
 from blockcache.engine import signals
 from blockcache.engine.attention import SparseRun
 from blockcache.engine.blocks import Blocks
-from blockcache.engine.branch import Anchor, Branch, Unit, Values
+from blockcache.engine.branch import Anchor, Branch, Unit
 from blockcache.engine.deciding import Decider, GateDecider, Verdict, block_of_codebook
 from blockcache.engine.groups import group_of
 from blockcache.engine.hooks import Call
@@ -23,7 +25,7 @@ from blockcache.engine.parts import Cell, Seen, find_parts, main_input, scope_of
 from blockcache.engine.run import Forward, Run
 from blockcache.engine.stats import BranchStats, RunStats
 from blockcache.engine.tracker import Tracker, conditioning_of, scheduler_of_caller
-from blockcache.engine.wiring import Watch, Wiring, bind
+from blockcache.engine.wiring import Values, Watch, Wiring, bind, mapped
 from blockcache.plan.policies import Codebook, Gate, MaskTable, StaticPolicy
 from blockcache.plan.recipe import Recipe, Schedule
 from blockcache.plan.steps import Step
@@ -77,14 +79,9 @@ class Runner:
 
     def forward(self, inner: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """In place of the denoiser."""
-        forward = self._local.forward = self._begin(args, kwargs)
-        try:
+        forward = self._begin(args, kwargs)
+        with self._under_way(forward):
             output = self._called(forward, inner, args, kwargs)
-        except BaseException:
-            # What was stored so far may be of mixed steps.
-            self._abandon()
-            raise
-        self._local.forward = None
         if forward is None:
             return output
         if forward.is_rejected:
@@ -92,6 +89,18 @@ class Runner:
         if not self._end(forward, output):
             return inner(*args, **kwargs)
         return output
+
+    @contextmanager
+    def _under_way(self, forward: Forward | None) -> Iterator[None]:
+        """The blocks are called for `forward`."""
+        self._local.forward = forward
+        try:
+            yield
+        except BaseException:
+            # What was stored so far may be of mixed steps.
+            self._abandon()
+            raise
+        self._local.forward = None
 
     def _called(
         self, forward: Forward | None, inner: Call, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -118,13 +127,8 @@ class Runner:
         full = Forward(forward.step, branch, forward.latents, roles=branch.roles(frozenset()))
         full.sparse, full.is_retry = forward.sparse, True
         full.decided["forecast rejected"] = len(branch.reusables)
-        self._local.forward = full
-        try:
+        with self._under_way(full):
             output = inner(*args, **kwargs)
-        except BaseException:
-            self._abandon()
-            raise
-        self._local.forward = None
         self._end(full, output)
         return output
 
@@ -194,7 +198,7 @@ class Runner:
         output = inner(*args, **kwargs)
         if forward.watch is not None:
             scope = scope_of(part, args, kwargs, output)
-            forward.seen.append(Seen(part, scope, entered, signals.copied(output)))
+            forward.seen.append(Seen(part, scope, entered, mapped(output, torch.Tensor.clone)))
         for other in branch.cells_of(number):
             self._store_cell(forward, branch.cells[other], entered, output)
         return output
@@ -558,7 +562,10 @@ class Runner:
         output = inner(*args, **kwargs)
         watch.after(output)
         if index in starts or index in ends:
-            forward.edges[index] = (entered, signals.copied(output) if index in ends else None)
+            forward.edges[index] = (
+                entered,
+                mapped(output, torch.Tensor.clone) if index in ends else None,
+            )
         return output
 
     def _finish_watch(self, forward: Forward) -> None:

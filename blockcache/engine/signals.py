@@ -12,7 +12,7 @@ from torch import nn
 from blockcache.engine.blocks import Block, Blocks
 from blockcache.engine.geometry import Arrangement, arrange
 from blockcache.engine.stats import SAMPLE, RunStats, ratios, spread
-from blockcache.engine.wiring import is_record, leaf_at, leaves, rebuilt
+from blockcache.engine.wiring import Values, leaf_at, leaves
 from blockcache.errors import PlanError
 from blockcache.kernels.linear_combine import relative_change
 from blockcache.plan.policies import Codebook, Gate, Policy, StaticPolicy, Verified
@@ -22,7 +22,6 @@ from blockcache.plan.steps import Step
 if TYPE_CHECKING:
     from blockcache.engine.branch import Branch, Unit
 
-Values = dict[str, torch.Tensor]
 Rows = Sequence[bool]
 """For each sample whether it is computed."""
 
@@ -111,15 +110,6 @@ def arrangement_of(denoiser: nn.Module, named: dict[str, Any]) -> Arrangement | 
         return arrange(denoiser, named)
     except PlanError:
         return None
-
-
-def copied(output: Any) -> Any:
-    """The output with every tensor copied."""
-    if is_record(output):
-        return rebuilt(output, [copied(item) for item in output.values()])
-    if isinstance(output, (tuple, list)):
-        return rebuilt(output, [copied(item) for item in output])
-    return output.clone() if isinstance(output, torch.Tensor) else output
 
 
 def left(branch: "Branch", index: int, output: Any) -> torch.Tensor:

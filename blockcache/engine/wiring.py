@@ -10,7 +10,7 @@ import functools
 import inspect
 import textwrap
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +19,8 @@ import torch
 from blockcache.engine.blocks import Block, Blocks
 from blockcache.engine.groups import as_split
 
+Values = dict[str, torch.Tensor]
+"""Tensors by the name of their stream."""
 Path = tuple[int | str, ...]
 """Position of a leaf in an output, by number or (of diffusers' output classes) by name; () is the
 output itself."""
@@ -31,6 +33,11 @@ class Gap:
     shape: torch.Size
     dtype: torch.dtype
     device: torch.device
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> "Gap":
+        """In place of `tensor`."""
+        return cls(tensor.shape, tensor.dtype, tensor.device)
 
     def fill(self) -> torch.Tensor:
         """A tensor of this form without memory of its own. Only skipped blocks ever read it."""
@@ -67,7 +74,7 @@ class Port:
             if isinstance(leaf, Gap) and path not in streams
         }
 
-    def build(self, values: dict[str, torch.Tensor]) -> Any:
+    def build(self, values: Values) -> Any:
         """An output in this block's form, from stream (and extra) values by name."""
         places = self.outputs | self.extras if self.extras else self.outputs
         by_path = {path: values[name] for name, path in places.items() if name in values}
@@ -141,15 +148,13 @@ def filled(form: Any, values: dict[Path, torch.Tensor], path: Path = ()) -> Any:
     return form.fill() if isinstance(form, Gap) else form
 
 
-def outline(output: Any) -> Any:
-    """An output with every tensor replaced by a Gap."""
+def mapped(output: Any, change: Callable[[torch.Tensor], Any]) -> Any:
+    """An output with `change` applied to every tensor in it."""
     if is_record(output):
-        return rebuilt(output, [outline(item) for item in output.values()])
+        return rebuilt(output, [mapped(item, change) for item in output.values()])
     if isinstance(output, (tuple, list)):
-        return rebuilt(output, [outline(item) for item in output])
-    if isinstance(output, torch.Tensor):
-        return Gap(output.shape, output.dtype, output.device)
-    return output
+        return rebuilt(output, [mapped(item, change) for item in output])
+    return change(output) if isinstance(output, torch.Tensor) else output
 
 
 @dataclass
@@ -192,7 +197,7 @@ class Watch:
     def after(self, output: Any) -> None:
         """Note the output of the block that was called last."""
         call = self._calls[-1]
-        call.form = outline(output)
+        call.form = mapped(output, Gap.of)
         call.outputs = [
             (path, weakref.ref(leaf))
             for path, leaf in leaves(output)

@@ -9,7 +9,7 @@ rank candidates and never replace a real run.
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -33,9 +33,9 @@ ABOUT = "trace.json"
 class Place:
     """Where something was measured.
 
-    scope: "model", "stack", "block", a sub-layer's, or "time". Of that, "output" is the time
-    embedding that the blocks receive, "input" the time-modulated input of the first one (TeaCache's
-    signal), or the embedding again where a block modulates inside itself.
+    scope: "model", "stack", "block", a sub-layer's, or "time". Of that, "input" is the
+    time-modulated input of the first block (TeaCache's signal), or the time embedding where the
+    block modulates inside itself.
     index: block number; for "stack" the chain; for sub-layers the row that they have in a mask of
     that scope, in calling order; 0 for "model" and "time".
     payload: "output", "residual" (output - input) or "input". branch: "0", "1", ... in the order
@@ -69,6 +69,18 @@ class SiteTrace:
     size: Floats
     magnitude: Floats
     sample: NDArray[np.float32]
+
+    @classmethod
+    def of(cls, payloads: NDArray[Any]) -> "SiteTrace":
+        """The tables of payloads that are known whole: `[P, T, tokens..., channels]`."""
+        y = payloads.reshape(*payloads.shape[:2], -1).astype(np.float64)
+        numel = y.shape[2]
+        norms = np.linalg.norm(payloads, axis=-1).reshape(*payloads.shape[:2], -1)
+        magnitude = np.ones(y.shape[:2])
+        magnitude[:, 1:] = (norms[:, 1:] / norms[:, :-1]).mean(2)
+        gram = y @ y.swapaxes(1, 2) / numel
+        l1 = np.abs(y[:, :, None] - y[:, None]).mean(3)
+        return cls(numel, gram, l1, np.abs(y).mean(2), magnitude, y.astype(np.float32))
 
     def mean_gram(self) -> Floats:
         """`[T, T]`, mean over the prompts."""
@@ -141,6 +153,29 @@ class Trace:
     segments: Floats = field(default_factory=lambda: np.zeros((0, 0)))
     """`[T, T]`: entry (i, j) is the relative L1 error of the *final* latents when only the steps
     between i and j are reused (LeMiCa), NaN where not measured; empty unless asked for."""
+
+    @classmethod
+    def of(cls, sites: dict[Place, SiteTrace], **known: Any) -> "Trace":
+        """A trace of what was measured otherwise. Fields that are not given are left empty.
+
+        The noise levels then fall evenly from 1, and the blocks are one chain.
+        """
+        prompts, steps = next((site.size.shape for site in sites.values()), (0, 0))
+        blocks = 1 + max((place.index for place in sites), default=0)
+        fields: dict[str, Any] = dict(
+            fingerprint=Fingerprint("", "", blocks),
+            sigmas=tuple(1 - i / steps for i in range(steps)),
+            prompts=("",) * prompts,
+            seeds=(0,) * prompts,
+            settings={},
+            chains=(blocks,),
+            unet=False,
+            latents=np.zeros((prompts, 0), np.float32),
+            early=np.zeros((prompts, 0), np.float32),
+            milliseconds={},
+            block_ms=(),
+        )
+        return cls(sites=sites, **{**fields, **known})
 
     @property
     def steps(self) -> tuple[Step, ...]:
@@ -341,20 +376,3 @@ def read_about(path: Path) -> dict[str, Any]:
         found = about.get("blockcache_trace") if isinstance(about, dict) else about
         raise PlanError(f"{path} is no trace of format {FORMAT} (found {shown(found)})")
     return about
-
-
-def without_prompt(trace: Trace, i: int) -> Trace:
-    """The trace without prompt `i`, to check a fit against a prompt it has not seen."""
-    keep = [j for j in range(len(trace.prompts)) if j != i]
-    sites = {
-        place: SiteTrace(s.numel, *(getattr(s, table)[keep] for table in _TABLES))
-        for place, s in trace.sites.items()
-    }
-    return replace(
-        trace,
-        prompts=tuple(trace.prompts[j] for j in keep),
-        seeds=tuple(trace.seeds[j] for j in keep),
-        sites=sites,
-        latents=trace.latents[keep],
-        early=trace.early[keep],
-    )

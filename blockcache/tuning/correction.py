@@ -20,13 +20,13 @@ from torch import nn
 from blockcache import api
 from blockcache.engine import signals
 from blockcache.engine.blocks import find_blocks
-from blockcache.engine.branch import Anchor, Branch, Unit, Values
-from blockcache.engine.hooks import Attachment, Call
+from blockcache.engine.branch import Anchor, Branch, Unit
+from blockcache.engine.hooks import Call, attached
 from blockcache.engine.parts import Cell
 from blockcache.engine.run import Forward, Run
 from blockcache.engine.runner import Runner
 from blockcache.engine.stats import BranchStats
-from blockcache.engine.wiring import is_record, rebuilt
+from blockcache.engine.wiring import Values, mapped
 from blockcache.errors import PlanError
 from blockcache.plan import ChannelTable, Copy, Recipe, Rule, ScaleShift, Step
 from blockcache.tuning.stage import Stage, items_of
@@ -66,8 +66,8 @@ def scale_shift(
     """
     _check(recipe)
     stage = Stage(pipe, call_kwargs, "scale_shift")
-    moments = _Moments(only_denoiser(pipe), recipe)
-    with _attached(pipe, moments):
+    moments = _Moments(_bare_denoiser(pipe), recipe)
+    with attached(moments):
         for item in items_of(prompts, seeds):
             stage.latents(item)
     return _corrected(recipe, moments.tables())
@@ -103,10 +103,10 @@ def distilled(
     _check(recipe)
     stage = Stage(pipe, call_kwargs, "distilled")
     items = items_of(prompts, None)
-    student = _Student(only_denoiser(pipe), recipe)
+    student = _Student(_bare_denoiser(pipe), recipe)
     runs = rounds * len(items)
     report = on_progress or (lambda done, total, loss: None)
-    with _attached(pipe, student), _frozen(student.denoiser):
+    with attached(student), _frozen(student.denoiser):
         for run in range(runs):
             prompt, _ = items[run % len(items)]
             stage.latents((prompt, run))
@@ -124,16 +124,9 @@ def _check(recipe: Recipe) -> None:
             raise PlanError(f"corrections are for recipes that copy, found the predictor {kind}")
 
 
-@contextmanager
-def _attached(pipe: Any, runner: Runner) -> Iterator[None]:
+def _bare_denoiser(pipe: Any) -> nn.Module:
     api.disable(pipe)
-    api.check_sites(runner.recipe, runner.blocks)
-    blocks = [block.module for block in runner.blocks]
-    attachment = Attachment(runner, runner.denoiser, blocks, [p.module for p in runner.parts])
-    try:
-        yield
-    finally:
-        attachment.detach()
+    return only_denoiser(pipe)
 
 
 @contextmanager
@@ -178,6 +171,7 @@ class _Moments(Runner):
 
     def __init__(self, denoiser: nn.Module, recipe: Recipe) -> None:
         super().__init__(denoiser, find_blocks(denoiser), recipe)
+        api.check_sites(recipe, self.blocks)
         self._sums: dict[tuple[Key, int], torch.Tensor] = {}
         self._total = 0
 
@@ -240,6 +234,7 @@ class _Student(Runner):
 
     def __init__(self, denoiser: nn.Module, recipe: Recipe) -> None:
         super().__init__(denoiser, find_blocks(denoiser), recipe)
+        api.check_sites(recipe, self.blocks)
         self.layers: dict[Key, nn.Linear] = {}
         self._steps: tuple[Step, ...] = ()
         self._losses: list[float] = []
@@ -304,14 +299,14 @@ class _Student(Runner):
                 loss = (student.float() - teacher.float()).square().mean()
                 loss.backward()
                 self._losses.append(float(loss.detach()))
-        return _detached(output)
+        return mapped(output, torch.Tensor.detach)
 
     def _store(self, forward: Forward, unit: Unit, output: Any) -> Any:
         entered = forward.inputs.get(unit)
         if entered is not None:
             forward.inputs[unit] = {name: x.detach() for name, x in entered.items()}
         with torch.no_grad():
-            super()._store(forward, unit, _detached(output))
+            super()._store(forward, unit, mapped(output, torch.Tensor.detach))
         return output
 
     def _store_cell(
@@ -319,7 +314,7 @@ class _Student(Runner):
     ) -> None:
         entered = None if entered is None else entered.detach()
         with torch.no_grad():
-            super()._store_cell(forward, cell, entered, _detached(output))
+            super()._store_cell(forward, cell, entered, mapped(output, torch.Tensor.detach))
 
 
 class _LiveBranch(Branch):
@@ -343,11 +338,3 @@ def time_embedding(step: Step) -> torch.Tensor:
     time = torch.tensor([1000.0 * step.noise_time])
     embedding: torch.Tensor = get_timestep_embedding(time, _EMBEDDING)[0]
     return embedding / math.sqrt(_EMBEDDING / 2)
-
-
-def _detached(output: Any) -> Any:
-    if is_record(output):
-        return rebuilt(output, [_detached(item) for item in output.values()])
-    if isinstance(output, (tuple, list)):
-        return rebuilt(output, [_detached(item) for item in output])
-    return output.detach() if isinstance(output, torch.Tensor) else output

@@ -11,8 +11,7 @@ import logging
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -24,10 +23,10 @@ from torch import nn
 from blockcache import api
 from blockcache.engine import signals
 from blockcache.engine.blocks import Blocks, find_blocks
-from blockcache.engine.hooks import Attachment, Call, Engine
+from blockcache.engine.hooks import Call, Engine, attached
 from blockcache.engine.parts import Part, find_parts, main_input, scope_of
 from blockcache.engine.tracker import BranchNames, Tracker, conditioning_of, scheduler_of_caller
-from blockcache.engine.wiring import Watch, Wiring, bind, leaf_at, leaves
+from blockcache.engine.wiring import Watch, Wiring, bind, leaf_at
 from blockcache.errors import BlockCacheError, PlanMismatchError, UnsupportedModelError
 from blockcache.plan import Layout, MaskTable, Recipe, Rule, Site
 from blockcache.plan.sites import SUB_LAYERS
@@ -56,7 +55,6 @@ SAMPLE = 1 << 12
 SCOPES = ("model", "stack", "block", "time", *SUB_LAYERS)
 _MOST_BYTES = 1 << 30
 _SCOUT_STEPS = 2
-_TIME_NAMES = ("temb", "timestep_proj", "time_emb", "emb", "vec", "e", "timestep")
 _LATENT_NAMES = ("hidden_states", "sample", "x")
 
 
@@ -143,18 +141,6 @@ def only_denoiser(pipe: Any) -> nn.Module:
             "tracing and tuning work on pipelines with one"
         )
     return next(iter(found.values()))
-
-
-@contextmanager
-def attached(engine: "_Follower") -> Iterator[None]:
-    """Route the denoiser's calls through `engine` for the length of a `with` block."""
-    blocks = [block.module for block in engine.blocks]
-    parts = [part.module for part in engine.parts]
-    attachment = Attachment(engine, engine.denoiser, blocks, parts)
-    try:
-        yield
-    finally:
-        attachment.detach()
 
 
 # ---- engines ------------------------------------------------------------------------------------
@@ -279,7 +265,7 @@ class _Recorder(_Follower):
         entered = next((x for n in _LATENT_NAMES if _is_tensor(x := named.get(n))), None)
         before = None if entered is None else entered.clone()
         output = inner(*args, **kwargs)
-        left = next((leaf for _, leaf in leaves(_plain_output(output)) if _is_tensor(leaf)), None)
+        left = signals.main_tensor(output)
         if before is not None:
             self._keep("model", 0, "input", before)
         if left is not None:
@@ -301,7 +287,9 @@ class _Recorder(_Follower):
         is_wanted = index in starts or "block" in self._scopes
         before = entered.clone() if _is_tensor(entered) and is_wanted else None
         if index == wiring.called[0]:
-            self._keep_time(bound, signals.modulated(self.blocks.blocks[index], stream, bound))
+            modulated = signals.modulated(self.blocks.blocks[index], stream, bound)
+            if modulated is not None:
+                self._keep("time", 0, "input", modulated)
         if before is not None and index in starts:
             self._entered[starts[index]] = before
         output = inner(*args, **kwargs)
@@ -318,20 +306,11 @@ class _Recorder(_Follower):
         entered = main_input(args, kwargs) if self.parts[number].kind == "transformer" else None
         before = None if entered is None else entered.clone()
         output = inner(*args, **kwargs)
-        left = next((leaf for _, leaf in leaves(output) if _is_tensor(leaf)), None)
+        left = signals.main_tensor(output)
         if left is not None:
             scope = scope_of(self.parts[number], args, kwargs, output)
             self._keep_pair(scope, number, before, left)
         return output
-
-    def _keep_time(self, bound: dict[str, Any], modulated: torch.Tensor | None) -> None:
-        if modulated is not None:
-            self._keep("time", 0, "input", modulated)
-        for name in _TIME_NAMES:
-            value = bound.get(name)
-            if _is_tensor(value) and value.dim() > 1:
-                self._keep("time", 0, "output", value)
-                return
 
     def _keep_pair(
         self, scope: str, index: int, before: torch.Tensor | None, left: torch.Tensor
@@ -413,11 +392,6 @@ def _chain_limits(wiring: Wiring) -> tuple[dict[int, int], dict[int, int]]:
 
 def _is_tensor(value: Any) -> TypeGuard[torch.Tensor]:
     return isinstance(value, torch.Tensor) and value.is_floating_point()
-
-
-def _plain_output(output: Any) -> Any:
-    """The tuple behind a host's output class."""
-    return output.to_tuple() if hasattr(output, "to_tuple") else output
 
 
 # ---- runs ---------------------------------------------------------------------------------------

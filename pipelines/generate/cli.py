@@ -19,6 +19,7 @@ from blockcache.pipelines.generate.job import Chosen
 from blockcache.pipelines.generate.progress import Progress
 from blockcache.pipelines.generate.run import Run
 from blockcache.pipelines.generate.settings import Config
+from blockcache.pipelines.options import debug_option
 from blockcache.plan import Plan, even_steps
 
 _PLANS = ("plan", "preset", "recipe")
@@ -106,7 +107,7 @@ def _read_arguments(_: click.Context, __: click.Parameter, given: Any) -> dict[s
     callback=_read_config,
     help="A run.yaml; options given here win.",
 )
-@click.option("--debug", is_flag=True, expose_value=False, help="Show tracebacks of errors.")
+@debug_option
 @click.pass_context
 def command(context: click.Context, /, dry_run: bool, **given: Any) -> int:
     """Render a file of prompts; resumable, by one process or many.
@@ -114,7 +115,7 @@ def command(context: click.Context, /, dry_run: bool, **given: Any) -> int:
     The same command again goes on where it was stopped; on several machines, or under
     `accelerate launch -m blockcache.pipelines.generate`, the processes share the work.
     """
-    from blockcache.pipelines import cli, models
+    from blockcache.pipelines import cli, models, options
 
     if given["prompts"] is None:
         raise BlockCacheError("no prompts: give --prompts FILE")
@@ -122,8 +123,8 @@ def command(context: click.Context, /, dry_run: bool, **given: Any) -> int:
     given["plan"] = _one_plan(context, plans)
     settings = {name: value for name, value in given.items() if value is not None}
     config = Config.of(**settings)
-    cli.quiet_hosts()
-    cli.set_threads(config.threads, config.model in models.EMBEDDED)
+    options.quiet_hosts()
+    options.set_threads(config.threads, config.model in models.EMBEDDED)
     with _patience() as should_stop:
         run = Run(config, should_stop)
         if dry_run:

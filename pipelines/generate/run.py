@@ -28,6 +28,7 @@ from blockcache.pipelines.generate.render import Renderer
 from blockcache.pipelines.generate.report import Report
 from blockcache.pipelines.generate.saving import Result, Saver
 from blockcache.pipelines.generate.settings import Config
+from blockcache.pipelines.options import dtype_name
 
 _STATE, _CONFIG = ".state", "run.yaml"
 _POLL_S = 0.5
@@ -116,8 +117,7 @@ class Run:
         if self._model is None:
             return str(self.config.model.dtype).removeprefix("torch.")
         is_embedded = self.config.model in models.EMBEDDED
-        usual = "bfloat16" if self._device.type == "cuda" and not is_embedded else "float32"
-        return self.config.dtype or usual
+        return dtype_name(self.config.dtype, self._device.type, is_embedded)
 
     def status(self) -> bytes:
         """What every row's byte would be, were the run to begin now."""

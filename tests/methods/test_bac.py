@@ -7,7 +7,7 @@ import pytest
 
 from blockcache.errors import PlanError
 from blockcache.methods.bac import bac
-from blockcache.plan import Fingerprint, MaskTable
+from blockcache.plan import MaskTable
 from blockcache.plan.trace import Place, SiteTrace, Trace
 
 PROMPTS, STEPS, BLOCKS = 2, 9, 3
@@ -32,29 +32,9 @@ def features():
     }
 
 
-def site(y):
-    l1 = np.abs(y[:, :, None] - y[:, None]).mean(-1)
-    gram = np.einsum("pie,pje->pij", y, y) / y.shape[-1]
-    empty = np.zeros((len(y), STEPS, 0), np.float32)
-    return SiteTrace(y.shape[-1], gram, l1, np.abs(y).mean(-1), np.ones(y.shape[:2]), empty)
-
-
 def trace_of(features):
-    sites = {Place(kind, b, "output", "0"): site(y) for (b, kind), y in features.items()}
-    sigmas = tuple(1 - i / STEPS for i in range(STEPS))
-    return Trace(
-        fingerprint=Fingerprint("Toy", "0", BLOCKS),
-        sigmas=sigmas,
-        prompts=("a", "b"),
-        seeds=(0, 1),
-        settings={},
-        chains=(BLOCKS,),
-        unet=False,
-        sites=sites,
-        latents=np.zeros((PROMPTS, 1), np.float32),
-        early=np.zeros((PROMPTS, 0), np.float32),
-        milliseconds={},
-        block_ms=(),
+    return Trace.of(
+        {Place(kind, b, "output", "0"): SiteTrace.of(y) for (b, kind), y in features.items()}
     )
 
 

@@ -17,13 +17,7 @@ STEPS, PROMPTS, BLOCKS, SIZE = 12, 3, 4, 20
 
 def tables_of(values):
     """The tables of payloads `[P, T, D]`; tokens are the first axis of D = 5 x 4."""
-    gram = np.einsum("ptd,psd->pts", values, values) / values.shape[2]
-    l1 = np.abs(values[:, :, None] - values[:, None]).mean(3)
-    norms = np.linalg.norm(values.reshape(*values.shape[:2], 5, 4), axis=3)
-    ratio = np.ones(values.shape[:2])
-    ratio[:, 1:] = (norms[:, 1:] / norms[:, :-1]).mean(2)
-    size = np.abs(values).mean(2)
-    return SiteTrace(values.shape[2], gram, l1, size, ratio, values.astype(np.float32))
+    return SiteTrace.of(values.reshape(*values.shape[:2], 5, 4))
 
 
 def walk(seed, scale=0.3):
@@ -42,21 +36,8 @@ class Known:
         places += [(scope, i, "output") for scope in ("attn", "mlp") for i in range(BLOCKS)]
         self.values = {place: walk(seed) for seed, place in enumerate(places)}
         sites = {Place(*place, "0"): tables_of(v) for place, v in self.values.items()}
-        settings = dict(
-            fingerprint=Fingerprint("Toy", "abc", BLOCKS),
-            sigmas=tuple(1 - i / STEPS for i in range(STEPS)),
-            prompts=tuple("abc"),
-            seeds=(0, 1, 2),
-            settings={},
-            chains=(BLOCKS,),
-            unet=False,
-            sites=sites,
-            latents=np.zeros((PROMPTS, 2), np.float32),
-            early=np.zeros((PROMPTS, 0), np.float32),
-            milliseconds={},
-            block_ms=(1.0,) * BLOCKS,
-        )
-        self.trace = Trace(**{**settings, **changes})
+        known = dict(fingerprint=Fingerprint("Toy", "abc", BLOCKS), block_ms=(1.0,) * BLOCKS)
+        self.trace = Trace.of(sites, **{**known, **changes})
 
 
 @pytest.fixture(scope="module")

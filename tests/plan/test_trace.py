@@ -27,22 +27,20 @@ def site_trace(values):
 
 def make_trace(values, **changes):
     site = site_trace(values)
-    prompts, steps = site.size.shape
-    settings = dict(
+    prompts = len(site.size)
+    known = dict(
+        sites={Place("stack", 0, "residual", "0"): site},
         fingerprint=MARK,
-        sigmas=tuple(1 - i / steps for i in range(steps)),
         prompts=tuple(f"prompt {i}" for i in range(prompts)),
         seeds=tuple(range(prompts)),
         settings={"height": 64},
         chains=(4,),
-        unet=False,
-        sites={Place("stack", 0, "residual", "0"): site},
         latents=np.zeros((prompts, 2, 3), np.float32),
         early=np.zeros((prompts, 4, 2, 3), np.float32),
         milliseconds={"run": 10.0},
         block_ms=(1.0, 1.0, 2.0, 2.0),
     )
-    return Trace(**{**settings, **changes})
+    return Trace.of(**{**known, **changes})
 
 
 @pytest.fixture
@@ -58,6 +56,15 @@ def test_the_gram_formula_gives_the_errors_measured_directly(values, predictor):
     direct = ((values[:, 5] - guess) ** 2).mean(1)
     found = site_trace(values).errors(5, anchors, weights)
     np.testing.assert_allclose(found, direct, rtol=1e-9)
+
+
+def test_tables_of_whole_payloads_are_as_defined(values):
+    found, expected = SiteTrace.of(values.reshape(3, 6, 10, 4)), site_trace(values)
+    for table in ("gram", "l1", "size", "sample"):
+        np.testing.assert_allclose(getattr(found, table), getattr(expected, table), rtol=1e-12)
+    before, after = (np.linalg.norm(values[1, t].reshape(10, 4), axis=1) for t in (2, 3))
+    np.testing.assert_allclose(found.magnitude[1, 3], np.mean(after / before), rtol=1e-12)
+    assert found.numel == 40 and (found.magnitude[:, 0] == 1).all()
 
 
 def test_best_weights_are_those_of_least_squares(values):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from blockcache.errors import PlanError
-from blockcache.plan import Copy, Fingerprint, Taylor, even_steps, steps_from_sigmas
+from blockcache.plan import Copy, Taylor, even_steps, steps_from_sigmas
 from blockcache.plan.trace import Place, SiteTrace, Trace
 from blockcache.tuning.screening import Screen, strides
 
@@ -14,25 +14,8 @@ SIGMAS = tuple(np.linspace(1, 0, T, endpoint=False) ** 1.5)
 
 def trace_of(values, branches="0"):
     """A trace of the model's output `[P, T, D]`, every branch the same."""
-    prompts, total, _ = values.shape
-    gram = np.einsum("pid,pjd->pij", values, values) / values.shape[2]
-    table = np.zeros_like(gram)
-    rows = np.abs(values).mean(2)
-    site = SiteTrace(values.shape[2], gram, table, rows, rows, np.zeros((prompts, total, 0)))
-    return Trace(
-        fingerprint=Fingerprint("Toy", "abc", 4),
-        sigmas=SIGMAS,
-        prompts=("a",) * prompts,
-        seeds=(0,) * prompts,
-        settings={},
-        chains=(4,),
-        unet=False,
-        sites={Place("model", 0, "output", b): site for b in branches},
-        latents=np.zeros((prompts, 1)),
-        early=np.zeros((prompts, 0, 1)),
-        milliseconds={},
-        block_ms=(),
-    )
+    site = SiteTrace.of(values)
+    return Trace.of({Place("model", 0, "output", b): site for b in branches}, sigmas=SIGMAS)
 
 
 @pytest.fixture
