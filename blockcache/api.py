@@ -1,7 +1,5 @@
 """What users call: enable, disable, enabled, summary, plan_for."""
 
-import hashlib
-import json
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,13 +11,13 @@ from torch import nn
 from blockcache import methods, sparse
 from blockcache.engine.blocks import Blocks, find_blocks
 from blockcache.engine.hooks import Attachment, attachment_of
+from blockcache.engine.identity import fingerprint
 from blockcache.engine.parts import find_parts
 from blockcache.engine.runner import COMPILED_WHOLE, Runner
 from blockcache.engine.summary import Summary, summarise
 from blockcache.errors import BlockCacheError, PlanError, UnsupportedModelError
 from blockcache.methods.presets import BUDGETS, preset
 from blockcache.plan import (
-    Fingerprint,
     Gate,
     Layout,
     MaskTable,
@@ -197,16 +195,6 @@ def read(what: What) -> Recipe | Plan:
     raise PlanError(f"unknown preset or recipe {what!r} (known: {known}; or a plan file *.json)")
 
 
-def fingerprint(model: nn.Module, blocks: Blocks, sampler: str = "") -> Fingerprint:
-    """What a plan for this model is marked with."""
-    config = {k: v for k, v in dict(getattr(model, "config", {})).items() if not k.startswith("_")}
-    text = json.dumps(config, sort_keys=True, default=str)
-    digest = hashlib.sha256(text.encode()).hexdigest()[:16]
-    weights = next(model.parameters(), None)
-    dtype = "" if weights is None else str(weights.dtype).removeprefix("torch.")
-    return Fingerprint(type(model).__name__, digest, len(blocks), sampler, dtype)
-
-
 def attachments(target: Any) -> dict[str, Attachment]:
     """What is attached to the enabled denoisers, by component name."""
     found = {name: attachment_of(model) for name, model in denoisers(target).items()}
@@ -229,7 +217,8 @@ def _runner(model: nn.Module, chosen: Recipe | Plan, scheduler: Any, group: Any)
         chosen.fingerprint.check(fingerprint(model, blocks))
     recipe = chosen.recipe if isinstance(chosen, Plan) else chosen
     check_sites(recipe, blocks)
-    return Runner(model, blocks, recipe, scheduler, group)
+    made_for = chosen.fingerprint if isinstance(chosen, Plan) else None
+    return Runner(model, blocks, recipe, scheduler, group, made_for)
 
 
 def check_sites(recipe: Recipe, blocks: Blocks) -> None:

@@ -35,8 +35,8 @@ def plan_lines(plan: Plan, width: int = 80) -> Iterator[Text]:
         yield Text(plan.note)
 
 
-def computed_blocks(plan: Plan) -> list[tuple[bool, ...]]:
-    """`[blocks][steps]`, True where a static plan computes.
+def computed_blocks(plan: Plan, branch: int = 0) -> list[tuple[bool, ...]]:
+    """`[blocks][steps]`, True where a static plan computes in this denoiser call of a step.
 
     Raises:
         PlanError: a mask that does not fit the plan's own number of blocks.
@@ -44,6 +44,8 @@ def computed_blocks(plan: Plan) -> list[tuple[bool, ...]]:
     layout = Layout((plan.fingerprint.blocks,))
     mask = [[True] * plan.total for _ in range(layout.blocks)]
     for rule in plan.recipe.rules:
+        if not rule.is_for(branch):
+            continue
         units = rule.site.units(layout)
         try:
             schedule = rule.schedule(_steps(plan, rule), len(units))
@@ -68,7 +70,14 @@ def _steps(plan: Plan, rule: Rule) -> tuple[Step, ...]:
 
 
 def _drawing(plan: Plan, width: int) -> Iterator[Text]:
-    mask = computed_blocks(plan)
+    named = sorted({rule.branch for rule in plan.recipe.rules if rule.branch is not None})
+    for branch in named or [0]:
+        if named:
+            yield Text(f"\nbranch {branch}", "dim")
+        yield from _branch_drawing(plan, computed_blocks(plan, branch), width)
+
+
+def _branch_drawing(plan: Plan, mask: list[tuple[bool, ...]], width: int) -> Iterator[Text]:
     groups = list(_groups(mask))
     margin = max(len(label) for label, _ in groups) + 2
     room = width - margin
@@ -112,4 +121,5 @@ def _words(rule: Rule) -> str:
     where = site.scope if site.hi is None and site.lo == 0 else f"{site.scope} {site.lo}..{site.hi}"
     policy = "" if isinstance(rule.policy, MaskTable) else f"{rule.policy}, "
     guards = "".join(f", {guard}" for guard in rule.guards)
-    return f"{where}: {policy}{rule.payload} by {rule.predictor}{guards}"
+    call = "" if rule.branch is None else f" of branch {rule.branch}"
+    return f"{where}{call}: {policy}{rule.payload} by {rule.predictor}{guards}"

@@ -96,9 +96,10 @@ def settings(make: Callable[..., Recipe]) -> str:
 
 def _site(rule: Rule) -> str:
     site = rule.site
-    if (site.lo, site.hi) == (0, None):
-        return site.scope
-    return f"{site.scope} {site.lo}..{'' if site.hi is None else site.hi}"
+    is_all = (site.lo, site.hi) == (0, None)
+    where = "" if is_all else f" {site.lo}..{'' if site.hi is None else site.hi}"
+    call = "" if rule.branch is None else f" of branch {rule.branch}"
+    return f"{site.scope}{where}{call}"
 
 
 def _when(policy: Any, needed: Sequence[str]) -> str:

@@ -20,6 +20,7 @@ from blockcache.pipelines.options import common_options, line, loaded
 @click.option("--share", type=float, default=0.5, show_default=True, help="Of the pictures.")
 @click.option("--confidence", type=float, default=0.9, show_default=True, help="One-sided.")
 @click.option("--quick", is_flag=True, help="A third of the search; no rivals.")
+@click.option("--sub-layers", is_flag=True, help="Try single attentions and MLPs; needs memory.")
 @click.option("--max-runs", type=click.FloatRange(1), help="Limit, in uncached runs.")
 @click.option("--minutes", type=click.FloatRange(0.01), help="Limit on the time.")
 @click.option("--work", type=click.Path(path_type=Path), help="Folder to go on from later.")
@@ -34,6 +35,7 @@ def command(
     share: float,
     confidence: float,
     quick: bool,
+    sub_layers: bool,
     max_runs: float | None,
     minutes: float | None,
     work: Path | None,
@@ -65,6 +67,7 @@ def command(
             max_runs=max_runs,
             minutes=minutes,
             rivals=rivals,
+            sub_layers=sub_layers,
             on_progress=on_progress,
             **call,
         )

@@ -4,6 +4,7 @@ import json
 import logging
 import math
 import re
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -149,6 +150,28 @@ def test_the_fingerprint_is_the_configs_and_not_the_weights(build_tiny):
         blockcache.enable(a.pipe, other)
     with pytest.raises(PlanMismatchError, match="WanTransformer3DModel.*FluxTransformer2DModel"):
         blockcache.enable(a.pipe, blockcache.plan_for(build_tiny("wan").pipe, "every", steps=STEPS))
+
+
+def test_a_run_that_is_not_what_the_plan_was_made_for_is_said_once(flux, caplog):
+    plan = blockcache.plan_for(flux.pipe, "every", steps=STEPS)
+    size = (64, 16)
+    seen = {"size": size, "adapter": "", "guidance": float(flux.kwargs.get("guidance_scale", 3.5))}
+    alike = replace(plan, fingerprint=replace(plan.fingerprint, **seen))
+    blockcache.enable(flux.pipe, alike)
+    run(flux)
+    assert blockcache.summary(flux.pipe) and "do not hold" not in caplog.text
+    other = dict(seen, size=(256, 16), adapter="style 0.5", guidance=7.0, sampler="DDIMScheduler")
+    blockcache.enable(flux.pipe, replace(plan, fingerprint=replace(plan.fingerprint, **other)))
+    run(flux)
+    run(flux)
+    assert caplog.text.count("do not hold here") == 1
+    for words in (
+        "sampler FlowMatchEulerDiscreteScheduler instead of DDIMScheduler",
+        "sample size 64x16 instead of 256x16",
+        "adapter none instead of style 0.5",
+        "guidance 3.5 instead of 7",
+    ):
+        assert words in caplog.text
 
 
 # Refusals.

@@ -119,6 +119,11 @@ class Branch:
     _alike: dict[int, bool] = field(default_factory=dict)
     _tables: dict[tuple[int, str], torch.Tensor] = field(default_factory=dict)
 
+    @property
+    def number(self) -> int:
+        """Which of a step's denoiser calls it is."""
+        return int(self.stats.name)
+
     def wire(self, wiring: Wiring, seen: Sequence[Seen]) -> list[str]:
         """Lay the rules out on what was seen. Returns why a site had to be left out, if any."""
         self.wiring = wiring
@@ -127,6 +132,8 @@ class Branch:
         layout = Layout(wiring.chains, self.blocks.unet)
         refused: list[str] = []
         for number, rule in enumerate(self.recipe.rules):
+            if not rule.is_for(self.number):
+                continue
             decider = decider_for(number, rule, self)
             if decider is not None:
                 self.deciders.append(decider)

@@ -21,11 +21,13 @@ from blockcache.engine.branch import Anchor, Branch, Unit
 from blockcache.engine.deciding import Decider, GateDecider, Verdict, block_of_codebook
 from blockcache.engine.groups import group_of
 from blockcache.engine.hooks import Call
+from blockcache.engine.identity import observed
 from blockcache.engine.parts import Cell, Seen, find_parts, main_input, scope_of
 from blockcache.engine.run import Forward, Run
 from blockcache.engine.stats import BranchStats, RunStats
 from blockcache.engine.tracker import Tracker, conditioning_of, scheduler_of_caller
 from blockcache.engine.wiring import Values, Watch, Wiring, bind, mapped
+from blockcache.plan.plan import Fingerprint
 from blockcache.plan.policies import Codebook, Gate, MaskTable, StaticPolicy
 from blockcache.plan.recipe import Recipe, Schedule
 from blockcache.plan.steps import Step
@@ -51,15 +53,16 @@ class Runner:
         recipe: Recipe,
         scheduler: Any = None,
         group: Any = None,
+        made_for: Fingerprint | None = None,
     ) -> None:
         """Nothing is allocated before the first forward.
 
         scheduler: used where no pipeline is found on the call stack. group: the processes that
-        share a sample, where diffusers does not know them.
+        share a sample, where diffusers does not know them. made_for: of the recipe's plan.
         """
         self.denoiser, self.blocks, self.recipe = denoiser, blocks, recipe
         self.parts = find_parts(blocks, {r.site.scope for r in recipe.rules if r.site.is_sub_layer})
-        self._group = group
+        self._group, self._made_for = group, made_for
         self.last_run: RunStats | None = None
         self._scheduler = scheduler
         self._names = signals.argument_names(denoiser)
@@ -141,7 +144,9 @@ class Runner:
             return None
         named = dict(zip(self._names, args, strict=False)) | kwargs
         moment = self._tracker.locate(scheduler, named.get("timestep", named.get("t")))
-        run: Run = self._start_run() if moment.is_new_run else self._local.run
+        if moment.is_new_run:
+            self._remark_on_plan(self._start_run(), scheduler, named)
+        run: Run = self._local.run
         if run.objection:
             self._bypass(run.objection)
             return None
@@ -264,10 +269,15 @@ class Runner:
             run.stats.attention = run.sparse.stats
         self._local.run = run
         self.last_run = run.stats
-        self._remark_on_steps(run)
         return run
 
-    def _remark_on_steps(self, run: Run) -> None:
+    def _remark_on_plan(self, run: Run, scheduler: Any, named: dict[str, Any]) -> None:
+        """Say where a run is not what its plan was made for."""
+        if self._made_for is not None:
+            here = observed(self.denoiser, self.blocks, scheduler, named, self._names)
+            if others := self._made_for.differences(here):
+                what = ", ".join(others)
+                self.say(f"the plan's measured figures do not hold here: {what}")
         total = len(run.steps)
         if self._tracker.scheduled < _FEW_STEPS and self.recipe.rules:
             self.say(f"a run of {total} steps leaves little to reuse; expect loss without gain")
@@ -606,7 +616,8 @@ class Runner:
                     f"and the model {part.rows} {what}"
                 )
         for number, rule in enumerate(self.recipe.rules):
-            if rule.site.is_sub_layer and not branch.of_rule(number) and not branch.cells:
+            is_empty = not branch.of_rule(number) and not branch.cells
+            if rule.site.is_sub_layer and is_empty and rule.is_for(branch.number):
                 self.say(
                     f"a rule is left out: no {rule.site.scope!r} sub-layer was called; inside "
                     "compiled blocks none can be seen, use the site 'block' there"
@@ -681,7 +692,15 @@ class Runner:
         is_complete = is_complete or run.step == len(run.steps) - 1
         if run.sparse is not None:
             run.sparse.finish()
-        if is_complete and self.recipe.rules and not run.stats.reused_anything():
+        if not is_complete:
+            return
+        for rule in self.recipe.rules:
+            if not any(rule.is_for(number) for number in range(len(run.branches))):
+                self.say(
+                    f"a rule is left out: it is for branch {rule.branch}, and a step calls the "
+                    f"model {len(run.branches)} times (a batch of both counts once)"
+                )
+        if self.recipe.rules and not run.stats.reused_anything():
             self.say(signals.nothing_reused(self.recipe, run.stats))
 
     def _drop(self, run: Run, reason: str) -> None:

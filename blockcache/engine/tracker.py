@@ -148,7 +148,12 @@ def _floats(values: Any) -> list[float]:
 
 
 def scheduler_of_caller(denoiser: nn.Module) -> Any:
-    """The scheduler of the pipeline that is calling `denoiser` right now, or None.
+    """The scheduler of the pipeline that is calling `denoiser` right now, or None."""
+    return getattr(caller_of(denoiser), "scheduler", None)
+
+
+def caller_of(denoiser: nn.Module) -> Any:
+    """The pipeline that is calling `denoiser` right now, or None.
 
     Looked up on the call stack, so that pipelines which share a denoiser are told apart and a
     denoiser enabled without its pipeline is served too.
@@ -157,24 +162,23 @@ def scheduler_of_caller(denoiser: nn.Module) -> Any:
     while frame is not None:
         local = frame.f_locals
         for name in _HOST_NAMES:
-            scheduler = _scheduler_of_host(local.get(name), denoiser)
-            if scheduler is not None:
-                return scheduler
+            host = local.get(name)
+            if _is_host(host, denoiser):
+                return host
         frame = frame.f_back
     return None
 
 
-def _scheduler_of_host(host: Any, denoiser: nn.Module) -> Any:
+def _is_host(host: Any, denoiser: nn.Module) -> bool:
     if host is None or isinstance(host, nn.Module):
-        return None
-    scheduler = getattr(host, "scheduler", None)
-    if getattr(scheduler, "timesteps", None) is None:
-        return None
-    for name in _DENOISER_NAMES:
-        part = getattr(host, name, None)
-        if part is not None and (part is denoiser or getattr(part, "_orig_mod", None) is denoiser):
-            return scheduler
-    return None
+        return False
+    if getattr(getattr(host, "scheduler", None), "timesteps", None) is None:
+        return False
+    parts = (getattr(host, name, None) for name in _DENOISER_NAMES)
+    return any(
+        part is not None and (part is denoiser or getattr(part, "_orig_mod", None) is denoiser)
+        for part in parts
+    )
 
 
 @dataclass

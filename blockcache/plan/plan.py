@@ -11,7 +11,7 @@ from pydantic import Field
 from blockcache.errors import PlanError, PlanMismatchError
 from blockcache.plan.recipe import Recipe
 from blockcache.plan.sites import Layout
-from blockcache.plan.spec import from_json, shown, spec, to_json
+from blockcache.plan.spec import Count, from_json, shown, spec, to_json
 from blockcache.plan.steps import Step
 
 FORMAT = 1
@@ -22,8 +22,9 @@ MAX_BYTES = 32 * 2**20
 class Fingerprint:
     """What a plan was made for. Model and config must agree to use it; the rest only warns.
 
-    config: hash of the denoiser's config. blocks: its number of blocks. dtype, sampler: as seen
-    when the plan was made.
+    config: hash of the denoiser's config. blocks: its number of blocks. The rest is as seen when
+    the plan was made, and empty where nothing was run. size: shape of one sample as the denoiser
+    gets it. adapter: active adapters with their scales. guidance: the pipeline's guidance scale.
     """
 
     model: str
@@ -31,6 +32,24 @@ class Fingerprint:
     blocks: Annotated[int, Field(ge=0)]
     sampler: str = ""
     dtype: str = ""
+    size: tuple[Count, ...] = ()
+    adapter: str | None = None
+    guidance: float | None = None
+
+    def differences(self, other: "Fingerprint") -> list[str]:
+        """What is known of both and differs, in words: figures measured with one do not hold."""
+        pairs = {
+            "sampler": (self.sampler or None, other.sampler or None),
+            "dtype": (self.dtype or None, other.dtype or None),
+            "sample size": (self.size or None, other.size or None),
+            "adapter": (self.adapter, other.adapter),
+            "guidance": (self.guidance, other.guidance),
+        }
+        return [
+            f"{name} {_shown(found)} instead of {_shown(made_for)}"
+            for name, (made_for, found) in pairs.items()
+            if made_for is not None and found is not None and made_for != found
+        ]
 
     def check(self, other: "Fingerprint") -> None:
         """Refuse a plan made for another model.
@@ -49,6 +68,12 @@ class Fingerprint:
                 f"({self.blocks} blocks, config {self.config}; "
                 f"here {other.blocks} blocks, config {other.config})"
             )
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, tuple):
+        return "x".join(map(str, value))
+    return f"{value:g}" if isinstance(value, float) else str(value) or "none"
 
 
 @spec

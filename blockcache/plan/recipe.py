@@ -1,6 +1,7 @@
 """Rules and recipes: a published method is one recipe."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Literal
 
 from blockcache.plan.forecasts import ProbeRatio
@@ -17,7 +18,7 @@ from blockcache.plan.policies import (
 from blockcache.plan.predictors import Copy, Predictor
 from blockcache.plan.sites import Layout, Scope, Site
 from blockcache.plan.sparse_rule import Sparse
-from blockcache.plan.spec import spec
+from blockcache.plan.spec import Count, spec
 from blockcache.plan.steps import Step
 
 Schedule = tuple[tuple[str, ...], ...]
@@ -34,7 +35,9 @@ class Rule:
     site: where. policy: when to compute. predictor: how the payload is rebuilt. guards: what
     forces computing. payload: "residual" stores output - input and adds it to the fresh input;
     "output" stores the output, and the fresh input has no influence. What a sub-layer puts out is
-    stored before the block scales it (un-gated) and is its output in any case.
+    stored before the block scales it (un-gated) and is its output in any case. branch: the one
+    denoiser call of a step that the rule is for (0 the first, 1 the second, which under guidance
+    usually is the unconditional one); None for all of them.
     """
 
     site: Site
@@ -42,10 +45,13 @@ class Rule:
     predictor: Predictor = Copy()
     guards: tuple[Guard, ...] = ()
     payload: Payload = "residual"
+    branch: Count | None = None
 
     def __post_init__(self) -> None:
         """Refuse combinations that have no meaning."""
         policy, scope = self.policy, self.site.scope
+        if self.branch is not None and not isinstance(policy, StaticPolicy):
+            raise ValueError("a rule for one branch needs a static policy")
         if isinstance(policy, Gate):
             self._check_gate(policy)
         elif isinstance(self.predictor, ProbeRatio):
@@ -65,6 +71,10 @@ class Rule:
             raise ValueError("ProbeRatio needs the signal 'first_block' or 'probe'")
         if gate.batch == "sample" and (self.predictor.depth != 1 or scope == "model"):
             raise ValueError("batch='sample' needs the predictor Copy and blocks as the site")
+
+    def is_for(self, branch: int) -> bool:
+        """Whether it is about this denoiser call of every step."""
+        return self.branch in (None, branch)
 
     def schedule(self, steps: Sequence[Step], units: int) -> Schedule | None:
         """What asks for computing at each step of each unit, or None for an online policy."""
@@ -148,4 +158,4 @@ def _written(rule: Rule, steps: Sequence[Step], layout: Layout, with_sigmas: boo
     )
     sigmas = tuple(step.sigma for step in steps) if with_sigmas else ()
     table = MaskTable(computed, len(steps), sigmas)
-    return Rule(rule.site, table, rule.predictor, (), rule.payload)
+    return replace(rule, policy=table, guards=())

@@ -11,6 +11,7 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -163,7 +164,7 @@ def _with_tables(rule: Rule, tables: dict[Key, np.ndarray[Any, Any]]) -> Rule:
             if (name, table.shape[2]) == (stream, width):
                 values[row] = table
         made.append(ChannelTable.of(stream, values))
-    return Rule(rule.site, rule.policy, ScaleShift(tuple(made)), rule.guards, rule.payload)
+    return replace(rule, predictor=ScaleShift(tuple(made)))
 
 
 class _Moments(Runner):

@@ -24,6 +24,7 @@ from blockcache import api
 from blockcache.engine import signals
 from blockcache.engine.blocks import Blocks, find_blocks
 from blockcache.engine.hooks import Call, Engine, attached
+from blockcache.engine.identity import fingerprint, observed
 from blockcache.engine.parts import Part, find_parts, main_input, scope_of
 from blockcache.engine.tracker import BranchNames, Tracker, conditioning_of, scheduler_of_caller
 from blockcache.engine.wiring import Watch, Wiring, bind, leaf_at
@@ -105,10 +106,10 @@ def trace_items(
     api.disable(stage.pipe)
     report = on_progress or (lambda done, total: None)
     extra = 2
-    about = None if folder is None else _resumed(folder, stage, items)
     scout = _Scout(denoiser, find_blocks(denoiser))
     with attached(scout):
         stage.latents(items[0], min(_SCOUT_STEPS, stage.steps))
+    about = None if folder is None else _resumed(folder, stage, scout, items)
     if about is None:
         about = _measured(stage, scout, items)
         if folder is not None:
@@ -156,6 +157,7 @@ class _Follower(Engine):
         self._arguments = signals.argument_names(denoiser)
         self._names = BranchNames()
         self.step, self.branch = 0, 0
+        self.mark = fingerprint(denoiser, blocks)
 
     def locate(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """Find out step and branch of a denoiser call; returns its arguments by name."""
@@ -165,6 +167,7 @@ class _Follower(Engine):
         named = dict(zip(self._arguments, args, strict=False)) | kwargs
         moment = self.tracker.locate(scheduler, named.get("timestep", named.get("t")))
         if moment.is_new_run:
+            self.mark = observed(self.denoiser, self.blocks, scheduler, named, self._arguments)
             self._names = BranchNames()
             self.begin_run()
         form = signals.form_of(named)
@@ -428,10 +431,9 @@ def _measured(stage: Stage, scout: _Scout, items: Sequence[Item]) -> dict[str, A
         "head": statistics.median(scout.head_ms),
         **_by_kind(scout.blocks, block_ms),
     }
-    sampler = type(stage.pipe.scheduler).__name__
     return {
         "blockcache_trace": FORMAT,
-        "fingerprint": to_json(api.fingerprint(scout.denoiser, scout.blocks, sampler)),
+        "fingerprint": to_json(scout.mark),
         "sigmas": [step.sigma for step in steps],
         "prompts": [prompt for prompt, _ in items],
         "seeds": [seed for _, seed in items],
@@ -465,15 +467,15 @@ def _by_kind(blocks: Blocks, block_ms: Sequence[float]) -> dict[str, float]:
     return {kind: statistics.median(values) for kind, values in kinds.items()}
 
 
-def _resumed(folder: Path, stage: Stage, items: Sequence[Item]) -> dict[str, Any] | None:
+def _resumed(
+    folder: Path, stage: Stage, scout: _Scout, items: Sequence[Item]
+) -> dict[str, Any] | None:
     """The description in `folder`, if a trace of the same runs was begun there."""
     if not (folder / ABOUT).exists():
         return None
     about = read_about(folder / ABOUT)
-    denoiser = only_denoiser(stage.pipe)
-    sampler = type(stage.pipe.scheduler).__name__
     wanted = {
-        "fingerprint": to_json(api.fingerprint(denoiser, find_blocks(denoiser), sampler)),
+        "fingerprint": to_json(scout.mark),
         "prompts": [prompt for prompt, _ in items],
         "seeds": [seed for _, seed in items],
         "settings": plain(stage.call_kwargs),

@@ -16,15 +16,16 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
 from blockcache import api
-from blockcache.errors import BlockCacheError
-from blockcache.plan import MaskTable, Plan, Recipe, Rule, Site, Taylor
+from blockcache.engine.runner import Runner
+from blockcache.errors import BlockCacheError, PlanError
+from blockcache.plan import Plan, Recipe
 from blockcache.plan.paths import Path as Mask
 from blockcache.tuning import quality
 from blockcache.tuning.answer import Raced, asked_and_found, race, words_for, words_on_rivals
@@ -33,6 +34,7 @@ from blockcache.tuning.goal import Goal, Measure, goal_from, least_pictures
 from blockcache.tuning.scoring import Exhausted, Ledger, Memory, Scorer
 from blockcache.tuning.screening import Screen
 from blockcache.tuning.search import Found, Search
+from blockcache.tuning.shapes import AXES, Shape
 from blockcache.tuning.stage import Item, Stage, items_of
 from blockcache.tuning.trace import only_denoiser, trace_items
 
@@ -55,6 +57,7 @@ _NEXT_CLIMB = {"full": 10, "quick": 2}
 _MOST_CHECKS = 5
 _RIVAL_ITEMS = 8
 _TIMED_RUNS = 3
+_TIMED_PAIRS = 2
 _SPEED_MARGIN = 1.02
 
 
@@ -70,24 +73,6 @@ class Progress:
     runs: float
     most_runs: float
     seconds_left: float
-
-
-@dataclass(frozen=True)
-class Shape:
-    """How a mask becomes a recipe: the axes of the search besides the mask."""
-
-    name: str
-    rule: Callable[[MaskTable], Rule]
-
-
-SHAPES = (
-    Shape("residual of the stack", lambda table: Rule(Site("stack"), table, Taylor(1))),
-    Shape("output of the stack", lambda table: Rule(Site("stack"), table, Taylor(1), (), "output")),
-    Shape("output of the model", lambda table: Rule(Site("model"), table, Taylor(1), (), "output")),
-    Shape("residual, quadratic", lambda table: Rule(Site("stack"), table, Taylor(2))),
-)
-_CHEAPEST = "output of the model"
-_CHEAPEST_BONUS_DB = 0.5
 
 
 def tune(
@@ -107,6 +92,7 @@ def tune(
     max_runs: float | None = None,
     minutes: float | None = None,
     rivals: Rivals | None = None,
+    sub_layers: bool = False,
     on_progress: Callable[[Progress], None] | None = None,
     **call_kwargs: Any,
 ) -> Plan:
@@ -133,6 +119,8 @@ def tune(
         minutes: Limit on the time.
         rivals: Called with the chosen plan's findings, gives other ways to race against it, for
             example `blockcache.pipelines.samplers.rivals`.
+        sub_layers: Try to reuse single attentions and MLPs, too. Keeps two outputs of each of them,
+            where other plans keep two tensors of the model's width per branch.
         on_progress: Called after each run.
         call_kwargs: Passed to every pipeline call.
 
@@ -157,9 +145,16 @@ def tune(
     only_denoiser(pipe)
     least = least_pictures(share, confidence)
     calibration, check = split(items_of(prompts, seeds), least, _CHECKED[effort])
-    tuner = _Tuner(stage, goal, confidence, effort, calibration, check, on_progress)
+    tuner = _Tuner(stage, goal, confidence, effort, calibration, check, sub_layers, on_progress)
     tuner.limit(max_runs, minutes)
     return tuner.run(None if work is None else Path(work), rivals)
+
+
+def is_all_dense(pipe: Any) -> bool:
+    """Whether the last run was asked to thin out attention and never did."""
+    runs = [attached.engine for attached in api.attachments(pipe).values()]
+    asked = [r.last_run.attention for r in runs if isinstance(r, Runner) and r.last_run]
+    return any(stats is not None and not stats.sparse_calls for stats in asked)
 
 
 def split(
@@ -211,6 +206,7 @@ class _Tuner:
         effort: Effort,
         calibration: list[Item],
         check: list[Item],
+        sub_layers: bool,
         on_progress: Callable[[Progress], None] | None,
     ) -> None:
         self.stage, self.goal, self.confidence, self.effort = stage, goal, confidence, effort
@@ -218,7 +214,8 @@ class _Tuner:
         self.doing = "tracing"
         self.best = _Best()
         self.floor_db = quality.CAP_DB
-        self.shape = SHAPES[0]
+        self.shape = Shape()
+        self.sub_layers = sub_layers
         self._report = on_progress
         self._started = time.monotonic()
         self.ledger = Ledger(note=self._progress)
@@ -300,9 +297,7 @@ class _Tuner:
         logger.warning("two uncached runs of one seed are %.1f dB apart", self.floor_db)
 
     def _recipe(self, computed: Mask, shape: Shape | None = None) -> Recipe:
-        table = MaskTable((tuple(map(int, computed)),), self.screen.total, self.trace.sigmas)
-        rule = (shape or self.shape).rule(table)
-        return Recipe((rule,), name=f"tuned {len(computed)}/{self.screen.total}")
+        return (shape or self.shape).recipe(computed, self.trace.sigmas)
 
     # ---- search --------------------------------------------------------------------------------
 
@@ -352,9 +347,11 @@ class _Tuner:
             figures = self.scorer.figures(self._recipe(computed), self.calibration, self.goal)
             if self._is_enough(figures):
                 high = middle
-                self.best.found = Found(origin, computed, ())
             else:
                 low = middle + 1
+            if high == middle or high == self.screen.total - 1:
+                # The fastest that reaches it, or as long as there is none, the nearest.
+                self.best.found = Found(origin, computed, ())
         return low
 
     def _screened(self, budget: int) -> tuple[str, Mask]:
@@ -380,23 +377,67 @@ class _Tuner:
         return self.search.climb(found, climb)
 
     def _choose_shape(self, found: Found) -> Found:
-        """The best way to reuse, on the mask found with the first one."""
-        self.doing = "choosing what is reused"
-        best, best_shape = found, self.shape
-        for shape in SHAPES[1:]:
-            recipe = self._recipe(found.computed, shape)
-            bonus = _CHEAPEST_BONUS_DB if shape.name == _CHEAPEST else 0.0
-            distances = self.scorer.beats(recipe, self.calibration, best.distances, bonus)
-            if distances is None:
-                continue
-            tried = Found(found.origin, found.computed, tuple(distances))
-            if tried.score + bonus > best.score:
-                best, best_shape = tried, shape
-        self.shape = best_shape
-        if best is not found:
-            # What was tried belongs to another way of reusing.
-            self.search.tried = {best.computed: best}
-        return best
+        """The best way to reuse, one axis after the other, all in the time of the mask found."""
+        branches = len(self.trace.branches)
+        for axis in AXES[self.effort]:
+            self.doing = f"choosing the {axis}"
+            best, best_shape = found, self.shape
+            for shape in self.shape.variants(axis, branches, self.sub_layers):
+                tried = self._in_the_same_time(found, shape, best)
+                if tried is not None and tried.score > best.score:
+                    best, best_shape = tried, shape
+            if best is not found:
+                # What was tried belongs to another way of reusing.
+                self.shape, self.search.tried = best_shape, {best.computed: best}
+                found = best
+        return found
+
+    def _in_the_same_time(self, found: Found, shape: Shape, best: Found) -> Found | None:
+        """`shape` with as many steps as take the time of `found`; None where `best` is better."""
+        slower = self._slower_by(found.computed, shape)
+        if slower is None:
+            return None
+        ms, total = self.trace.milliseconds, self.screen.total
+        # What a step more costs; on tiny models reuse may seem to cost as much as computing.
+        step_ms = max(ms["computed"] - ms["reused"], 0.1 * ms["computed"], 1e-3)
+        more = round(-1e3 * slower / step_ms)
+        wanted = min(max(len(found.computed) + more, _LEAST_BUDGET), total - 1)
+        computed = found.computed
+        while len(computed) != wanted:
+            is_short = len(computed) < wanted
+            computed = (self.search.longer if is_short else self.search.shorter)(computed)
+        recipe = self._recipe(computed, shape)
+        distances = self.scorer.beats(recipe, self.calibration, best.distances)
+        return None if distances is None else Found(found.origin, computed, tuple(distances))
+
+    def _slower_by(self, computed: Mask, shape: Shape) -> float | None:
+        """Seconds that a run takes longer with `shape`; None where it does nothing here."""
+        if replace(shape, payload=self.shape.payload) == self.shape:
+            return 0.0
+        item, theirs = self.calibration[0], self._recipe(computed, shape)
+        what = f"against {self.shape.name}"
+        known = self.scorer.memory.find(theirs, item, what)
+        if known is None:
+            known = {"slower_s": self._timed_against(self._recipe(computed), theirs, item)}
+            # Kept, so that a search that is resumed decides as it did.
+            self.scorer.memory.keep(theirs, item, what, known)
+        found: float | None = known["slower_s"]
+        return found
+
+    def _timed_against(self, ours: Recipe, theirs: Recipe, item: Item) -> float | None:
+        seconds: dict[Recipe, list[float]] = {ours: [], theirs: []}
+        for recipe in _TIMED_PAIRS * (ours, theirs):
+            try:
+                with api.enabled(self.stage.pipe, recipe):
+                    seconds[recipe].append(self.stage.latents(item).seconds)
+                    is_idle = is_all_dense(self.stage.pipe)
+            except PlanError:
+                # A model without such sites.
+                return None
+            self.ledger.charge(seconds[recipe][-1])
+            if is_idle:
+                return None
+        return min(seconds[theirs]) - min(seconds[ours])
 
     def _fastest(self) -> Found:
         """The best plan at the speed asked for."""
@@ -502,8 +543,8 @@ class _Tuner:
             "minutes": (time.monotonic() - self._started) / 60,
         }
         how = (
-            f"{len(found.computed)} of {self.screen.total} steps computed, {self.shape.name} "
-            f"reused; mask {found.origin}"
+            f"{len(found.computed)} of {self.screen.total} steps computed; reused: "
+            f"{self.shape.name}; mask {found.origin}"
         )
         why = "" if self.best.is_met else self.best.why
         note = "\n".join([*words_for(self.goal, figures, how, why), *words])

@@ -382,3 +382,42 @@ def test_other_sites_of_a_model_compiled_in_place_say_so(_clean_dynamo, caplog):
     scheduler = enable(model, *rules, steps=8)
     assert drive(model, scheduler, range(8)) == [plain(0)] * 2 + [plain(2)] * 6
     assert caplog.text.count("the whole model is compiled") == 1
+
+
+def two_branches(model, scheduler, steps):
+    """A run in which every step calls the model for two conditionings."""
+    conditionings = [column(0), column(1)]
+    outputs = []
+    with torch.no_grad():
+        for i in range(steps):
+            scheduler.step_index = i
+            for text in conditionings:
+                out = model(
+                    column(i), timestep=scheduler.timesteps[i], encoder_hidden_states=text
+                )
+                outputs.append(out.item())
+    return outputs[::2], outputs[1::2]
+
+
+def test_a_rule_for_one_branch_leaves_the_other_alone():
+    model = Denoiser()
+    both = static(Site("stack"), 0, 2, total=4, branch=0)
+    second = static(MODEL, 0, total=4, payload="output", branch=1)
+    scheduler = enable(model, both, second, steps=4)
+    first, other = two_branches(model, scheduler, 4)
+    assert first == [plain(0), 1 + 26, plain(2), 3 + 15 * 2 + 26]
+    assert other == [plain(0)] * 4
+    assert [branch["map"] for branch in branches(model)] == [
+        [[1] * 4, [0] * 4, [1] * 4, [0] * 4],
+        [[1] * 4, [0] * 4, [0] * 4, [0] * 4],
+    ]
+    assert calls(model) == [3] * 4
+
+
+def test_a_rule_for_a_branch_that_is_never_called_is_said(caplog):
+    model = Denoiser()
+    scheduler = enable(model, static(MODEL, 0, total=3, branch=1), steps=3)
+    assert drive(model, scheduler, [1, 2, 3]) == [plain(1), plain(2), plain(3)]
+    assert "it is for branch 1, and a step calls the model 1 times" in caplog.text
+    with pytest.raises(ValueError, match="a rule for one branch needs a static policy"):
+        Rule(MODEL, Gate(0.1, signal="latent"), payload="output", branch=0)

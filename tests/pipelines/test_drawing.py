@@ -56,6 +56,19 @@ def test_rules_add_up_and_blocks_have_rows_of_their_own():
     ]
 
 
+def test_branches_of_their_own_are_drawn_one_by_one():
+    first = Rule(Site(), MaskTable(((0, 2, 4),), 6), branch=0)
+    second = Rule(Site("model"), MaskTable(((0, 4),), 6), payload="output", branch=1)
+    lines = drawn(plan(first, second))
+    assert lines[1].startswith("  stack of branch 0: residual")
+    assert [line for line in lines if "branch" in line or line.startswith("blocks")][-4:] == [
+        "\nbranch 0",
+        "blocks 0-3  █·█·█·",
+        "\nbranch 1",
+        "blocks 0-3  █···█·",
+    ]
+
+
 def test_the_tables_own_noise_levels_are_drawn():
     """With even steps instead, this front-loaded sampler's table would be carried over wrongly."""
     steps = steps_from_sigmas([1.0, 0.99, 0.98, 0.97, 0.5, 0.1])

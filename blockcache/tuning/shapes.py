@@ -1,0 +1,108 @@
+"""The axes of the search besides the mask: what is reused, where, in which branch, and attention.
+
+A shape turns a mask into a recipe. All shapes are compared in the same time, not on the same mask:
+what costs more per step computes fewer steps.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from blockcache import sparse
+from blockcache.plan import MaskTable, Recipe, Rule, Site, Sparse, Taylor
+from blockcache.plan.paths import Path
+from blockcache.plan.recipe import Payload, each_sub_layer
+
+Guidance = Literal["every", "half", "late half"]
+Axis = Literal["payload", "site", "guidance", "attention"]
+
+AXES: dict[str, tuple[Axis, ...]] = {
+    "full": ("payload", "site", "guidance", "attention"),
+    "quick": ("payload",),
+}
+SUB_LAYERS = Site("attn")
+"""Stands for attentions, cross-attentions and MLPs alike."""
+_WHAT: tuple[tuple[Site, Payload], ...] = ((Site("stack"), "output"), (Site("model"), "output"))
+_SPANS = (Site("span", 1), Site("span", 0, -1))
+_GUIDANCE: tuple[Guidance, ...] = ("half", "late half")
+_LATE = 0.35
+"""Share of the run after which "late half" begins: by then the layout is decided."""
+_SPARSE = (("cubes", 0.25), ("cubes", 0.12))
+
+
+@dataclass(frozen=True)
+class Shape:
+    """How a mask becomes a recipe.
+
+    site, payload: what is reused. guidance: at which of the mask's steps the second branch is
+    computed; in between, and where the mask reuses, the model's output for it is continued.
+    sparse: of the computed steps.
+    """
+
+    site: Site = Site("stack")
+    payload: Payload = "residual"
+    guidance: Guidance = "every"
+    sparse: Sparse | None = None
+
+    @property
+    def name(self) -> str:
+        """What is reused, in words."""
+        words = [_PLACES[self.site] if self.site in _PLACES else str(self.site)]
+        if self.site != SUB_LAYERS:
+            words[0] = f"{self.payload} of {words[0]}"
+        if self.guidance != "every":
+            words.append(f"second branch at {self.guidance} of the steps")
+        if self.sparse is not None:
+            words.append(f"attention by {self.sparse.planner}")
+        return ", ".join(words)
+
+    def recipe(self, computed: Path, sigmas: tuple[float, ...]) -> Recipe:
+        """The mask's recipe for a run with these noise levels."""
+        total = len(sigmas)
+        table = MaskTable((tuple(map(int, computed)),), total, sigmas)
+        rules = self._rules(table)
+        if self.guidance != "every":
+            rarely = MaskTable((thinned(table.computed[0], total, self.guidance),), total, sigmas)
+            second = Rule(Site("model"), rarely, Taylor(1), payload="output", branch=1)
+            rules = (*(replace(rule, branch=0) for rule in rules), second)
+        return Recipe(rules, name=f"tuned {len(computed)}/{total}", sparse=self.sparse)
+
+    def _rules(self, table: MaskTable) -> tuple[Rule, ...]:
+        if self.site == SUB_LAYERS:
+            return each_sub_layer(table, Taylor(1))
+        return (Rule(self.site, table, Taylor(1), payload=self.payload),)
+
+    def variants(self, axis: Axis, branches: int, sub_layers: bool) -> Iterator["Shape"]:
+        """The other shapes along one axis, for a model with this many branches.
+
+        sub_layers: whether those may be kept, which takes two outputs of each of them.
+        """
+        if axis == "payload":
+            yield from (replace(self, site=site, payload=payload) for site, payload in _WHAT)
+        elif axis == "site":
+            if self.site == Site("stack"):
+                yield from (replace(self, site=span) for span in _SPANS)
+            if sub_layers:
+                yield replace(self, site=SUB_LAYERS, payload="output")
+        elif axis == "guidance" and branches == 2:
+            yield from (replace(self, guidance=how) for how in _GUIDANCE)
+        elif axis == "attention":
+            for name, density in _SPARSE:
+                planner = sparse.by_name(name, density=density)
+                yield replace(self, sparse=Sparse(planner))
+
+
+_PLACES = {
+    Site("stack"): "the stack",
+    Site("model"): "the model",
+    Site("span", 1): "all but the first block",
+    Site("span", 0, -1): "all but the last block",
+    SUB_LAYERS: "outputs of attentions and MLPs",
+}
+
+
+def thinned(computed: tuple[int, ...], total: int, guidance: Guidance) -> tuple[int, ...]:
+    """Every second of the computed steps, from the beginning or from a third of the run on."""
+    start = 0 if guidance == "half" else round(_LATE * total)
+    early = tuple(step for step in computed if step < start)
+    return early + tuple(step for step in computed if step >= start)[::2]
