@@ -12,12 +12,14 @@ from pathlib import Path
 
 import click
 
+from benchmarks.peers.pages import every_row
 from blockcache.pipelines import recipe_table
 
 ROOT = Path(__file__).resolve().parent.parent
 _BLOCK = re.compile(r"(<!-- begin:([\w-]+) -->\n).*?(<!-- end:\2 -->)", re.DOTALL)
 _FROM_CODE: dict[str, Callable[[], str]] = {
     "recipe-table": lambda: recipe_table.markdown(recipe_table.rows()),
+    "race": every_row,
 }
 
 
