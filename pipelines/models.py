@@ -17,7 +17,7 @@ SETTINGS = "blockcache.json"
 _EMBEDDED_ROOT = Path(__file__).parent / "embedded"
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _MAX_SETTINGS_BYTES = 1 << 20
-_DEFAULT_PROMPTS = 8
+_DEFAULT_PROMPTS, _DEFAULT_VIDEO_PROMPTS = 8, 3
 _LONGEST_REASON = 160
 
 
@@ -29,6 +29,12 @@ def _shape_prompts() -> tuple[str, ...]:
     from blockcache.pipelines.embedded.world import held_out_prompts
 
     return tuple(held_out_prompts(_DEFAULT_PROMPTS, seed=0))
+
+
+def _motion_prompts() -> tuple[str, ...]:
+    from blockcache.pipelines.embedded.world_video import held_out_prompts
+
+    return tuple(held_out_prompts(_DEFAULT_VIDEO_PROMPTS, seed=0))
 
 
 @dataclass(frozen=True)
@@ -45,6 +51,11 @@ EMBEDDED = {
         _EMBEDDED_ROOT / "tiny_image",
         "FluxPipeline, coloured shapes, 64 x 64 px, trained on a CPU",
         _shape_prompts,
+    ),
+    "tiny-video": Embedded(
+        _EMBEDDED_ROOT / "tiny_video",
+        "WanPipeline, moving patterns, 128 x 128 px, 23 frames, trained on a CPU",
+        _motion_prompts,
     ),
 }
 

@@ -15,7 +15,8 @@ import logging
 import math
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -150,6 +151,17 @@ def tune(
     return tuner.run(None if work is None else Path(work), rivals)
 
 
+@contextmanager
+def without_remarks() -> Iterator[None]:
+    """What a trial that may be given up has to remark on is no concern of the user's."""
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
 def is_all_dense(pipe: Any) -> bool:
     """Whether the last run was asked to thin out attention and never did."""
     runs = [attached.engine for attached in api.attachments(pipe).values()]
@@ -219,11 +231,13 @@ class _Tuner:
         self._report = on_progress
         self._started = time.monotonic()
         self.ledger = Ledger(note=self._progress)
-        self._reserved = _RESERVED[effort] * CALIBRATION
+        # Of few prompts a pass is cheap, and the search needs its runs all the same.
+        self._prompts = max(len(calibration), CALIBRATION // 2)
+        self._reserved = _RESERVED[effort] * self._prompts
 
     def limit(self, max_runs: float | None, minutes: float | None) -> None:
         """Set the limits."""
-        most = _PASSES[self.effort] * CALIBRATION
+        most = _PASSES[self.effort] * self._prompts
         self.ledger.most_runs = most if max_runs is None else min(most, max_runs)
         if minutes is not None:
             self.ledger.deadline = self._started + 60 * minutes
@@ -428,7 +442,7 @@ class _Tuner:
         seconds: dict[Recipe, list[float]] = {ours: [], theirs: []}
         for recipe in _TIMED_PAIRS * (ours, theirs):
             try:
-                with api.enabled(self.stage.pipe, recipe):
+                with without_remarks(), api.enabled(self.stage.pipe, recipe):
                     seconds[recipe].append(self.stage.latents(item).seconds)
                     is_idle = is_all_dense(self.stage.pipe)
             except PlanError:
