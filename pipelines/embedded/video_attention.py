@@ -20,16 +20,16 @@ BLOCK = 64
 SHARES = (0.1, 0.25)
 
 
-class RecallProcessor(WanAttnProcessor):  # type: ignore[misc]
+class RecallProcessor(WanAttnProcessor):
     """Wan attention that notes the recall of the best blocks: ``[layers, heads, shares]``."""
 
     def __init__(self, recalls: list[torch.Tensor]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.recalls = recalls
 
     def __call__(self, attn: Any, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """As diffusers' own."""
-        rotary = kwargs.get("rotary_emb", args[2] if len(args) > 2 else None)
+        rotary: Any = kwargs.get("rotary_emb", args[2] if len(args) > 2 else None)
         query, key = (
             _rotate(norm(linear(hidden_states)).unflatten(2, (attn.heads, -1)), *rotary)
             for norm, linear in ((attn.norm_q, attn.to_q), (attn.norm_k, attn.to_k))
@@ -66,7 +66,8 @@ def attention_share(transformer: Any, inputs: dict[str, Any]) -> float:
         for event in events
         if "scaled_dot_product" in event.key and event.input_shapes[1][2:3] == [length]
     )
-    return attention / total
+    share: float = attention / total
+    return share
 
 
 @torch.no_grad()

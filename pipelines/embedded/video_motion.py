@@ -41,7 +41,7 @@ def motion_queries(
     for hook in hooks:
         hook.remove()
     state = transformer.state_dict()
-    changed = {}
+    changed: dict[str, torch.Tensor] = {}
     for layer, (inputs, queries) in enumerate(seen):
         mean, read, share = _read_motion(inputs, motion)
         if share < _LEAST_READABLE:

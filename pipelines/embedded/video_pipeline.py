@@ -41,7 +41,7 @@ def make_transformer() -> Any:
     """The transformer with random weights, attention already local, every block the identity."""
     from diffusers import WanTransformer3DModel
 
-    transformer = WanTransformer3DModel(
+    transformer: Any = WanTransformer3DModel(
         patch_size=(1, 1, 1),
         num_attention_heads=HEADS,
         attention_head_dim=HEAD_SIZE,
@@ -89,8 +89,10 @@ def aim_head(attention: Any, head: int, ahead: float, frames: float, tokens: flo
             size = math.sqrt(weight / deviation**2 * math.sqrt(HEAD_SIZE))
             row = head * HEAD_SIZE + channels.start + 2 * pair
             angle = frequency * shift
-            directions = ((attention.to_q, attention.norm_q, angle),)
-            directions += ((attention.to_k, attention.norm_k, 0.0),)
+            directions = (
+                (attention.to_q, attention.norm_q, angle),
+                (attention.to_k, attention.norm_k, 0.0),
+            )
             for linear, norm, phase in directions:
                 linear.weight[row : row + 2] = 0
                 linear.bias[row] = math.cos(phase)
@@ -115,7 +117,7 @@ def make_text_encoder() -> Any:
         pad_token_id=text.PAD,
         eos_token_id=text.EOS,
     )
-    encoder = UMT5EncoderModel(config)
+    encoder: Any = UMT5EncoderModel(config)
     attention = encoder.encoder.block[0].layer[0].SelfAttention
     right = config.relative_attention_num_buckets // 2
     with torch.no_grad():

@@ -58,7 +58,8 @@ class Posterior:
         objects = self.objects[clip.shape, clip.motion][:, :, :, :frames]
         plain = self.offset + self.plain @ background
         moves = torch.einsum("pckthw,c->pkthw", objects, color - background)
-        return moves + plain[:, None, None, None]
+        periods: torch.Tensor = moves + plain[:, None, None, None]
+        return periods
 
     def places(self, clip: Clip, frames: int) -> torch.Tensor:
         """The same at all places: ``[64 P, channels, frames, 8, 8]``."""
@@ -106,7 +107,8 @@ def _mask_blocks(shape: int, motion: int) -> torch.Tensor:
     # The blocks' numbers are ordered (frame, row, column); values 0 to 1 are steps of colour.
     blocks = masks.unflatten(3, (-1, TOKEN_PX)).unflatten(2, (-1, TOKEN_PX))
     blocks = blocks.unflatten(1, (FRAMES, -1))
-    return blocks.permute(0, 1, 3, 5, 2, 4, 6).flatten(4)
+    flat: torch.Tensor = blocks.permute(0, 1, 3, 5, 2, 4, 6).flatten(4)
+    return flat
 
 
 def _tile(period: torch.Tensor, grid: Grid) -> torch.Tensor:

@@ -49,7 +49,8 @@ class Code:
 def _to_blocks(video: torch.Tensor) -> torch.Tensor:
     """``[N, 3, F, H, W]`` as ``[N, F / 2, H / 8, W / 8, 384]``."""
     blocks = video.unflatten(4, (-1, SIDE)).unflatten(3, (-1, SIDE)).unflatten(2, (-1, FRAMES))
-    return blocks.permute(0, 2, 4, 6, 1, 3, 5, 7).flatten(4)
+    flat: torch.Tensor = blocks.permute(0, 2, 4, 6, 1, 3, 5, 7).flatten(4)
+    return flat
 
 
 def fit_code(channels: int = CHANNELS) -> Code:
