@@ -10,7 +10,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from blockcache.errors import BlockCacheError
-from blockcache.pipelines import sheets
+from blockcache.pipelines import films, sheets
 from blockcache.tuning.comparison import Comparison, Picture
 
 FIGURES = "compare.json"
@@ -37,18 +37,31 @@ def write(comparison: Comparison, folder: Path) -> list[Path]:
 
     `000-uncached.png`, `000-<name>.png`, ...: the pictures (videos as animated PNG, which is
     lossless). `side-by-side.png`: the median and the worst prompt with times and decibels on them.
-    `all.png`: every prompt. `strip.png`: which block was computed in which step. `compare.json`:
-    the figures.
+    `all.png`: every prompt. `strip.png`: which block was computed in which step. `density.png`:
+    how much of its attention, where some was sparse. For videos also `side-by-side.mp4` (a GIF
+    where there is no ffmpeg) and `frames.png`, frames of the worst prompt. `compare.json`: the
+    figures.
     """
     folder.mkdir(parents=True, exist_ok=True)
     files = _pictures(comparison)
     files["side-by-side.png"] = _png(sheets.side_by_side(comparison))
     files["all.png"] = _png(sheets.all_pairs(comparison))
     files["strip.png"] = _png(sheets.strip(comparison))
+    density = sheets.density(comparison)
+    if density is not None:
+        files["density.png"] = _png(density)
+    written = []
+    if films.is_video(comparison):
+        files["frames.png"] = _png(films.strip(comparison))
+        frames, film = films.side_by_side(comparison), folder / "side-by-side.mp4"
+        if films.mp4(frames, film, {"model": comparison.model, "steps": comparison.steps}):
+            written.append(film)
+        else:
+            files["side-by-side.gif"] = films.gif(frames)
     text = json.dumps(comparison.as_dict(), indent=1, allow_nan=False) + "\n"
     # The figures last: who finds them finds the pictures too.
     files[FIGURES] = text.encode()
-    return [_write(folder / name, data) for name, data in files.items()]
+    return written + [_write(folder / name, data) for name, data in files.items()]
 
 
 def _pictures(c: Comparison) -> dict[str, bytes]:

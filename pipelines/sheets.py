@@ -3,12 +3,12 @@
 Drawn with Pillow alone. Its built-in font knows no multiplication sign, hence the plain x.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageColor, ImageDraw, ImageFont
 
 from blockcache.tuning.comparison import Comparison, Entry, Picture, size
 from blockcache.tuning.quality import CAP_DB
@@ -22,6 +22,8 @@ RULE = "#d8dee4"
 # Blue and orange of Okabe and Ito's palette, told apart by lightness too.
 COMPUTED = "#0b4f8a"
 REUSED = "#f5c77e"
+# From hardly anything to nearly all of an attention.
+SPARSE = ("#e4f3ec", "#0f7a5a")
 
 _TILE_PX = 384
 _MARGIN = 28
@@ -54,7 +56,7 @@ def side_by_side(c: Comparison) -> Image.Image:
     tiles = [_row_of_tiles(c, i) for _, i in rows]
     width = 2 * _MARGIN + sum(tile.width for tile in tiles[0]) + 2 * _GAP
     row_px = 34 + tiles[0][0].height + 22
-    sheet = _Sheet(width, 2 * _MARGIN + 58 + row_px * len(rows) + 26)
+    sheet = Sheet(width, 2 * _MARGIN + 58 + row_px * len(rows) + 26)
     sheet.text(_MARGIN, _MARGIN - 6, headline(c), 26)
     sheet.text(_MARGIN, _MARGIN + 28, _subtitle(c), 16, FAINT)
     y = _MARGIN + 62
@@ -72,10 +74,7 @@ def side_by_side(c: Comparison) -> Image.Image:
 def all_pairs(c: Comparison) -> Image.Image:
     """Every prompt: the uncached picture above, the accelerated one below, decibels between."""
     tiles = [
-        [
-            _scaled(as_8bit(frame_of(entry.pictures[i])), 192)
-            for entry in (c.baseline, c.accelerated)
-        ]
+        [scaled(as_8bit(frame_of(entry.pictures[i])), 192) for entry in (c.baseline, c.accelerated)]
         for i in range(len(c.prompts))
     ]
     tile_w, tile_h = tiles[0][0].size
@@ -83,14 +82,14 @@ def all_pairs(c: Comparison) -> Image.Image:
     rows = -(-len(tiles) // columns)
     pair_px = 2 * tile_h + 34 + 20
     width = 2 * _MARGIN + columns * (tile_w + _GAP) - _GAP
-    sheet = _Sheet(max(width, 620), 2 * _MARGIN + 40 + rows * pair_px)
+    sheet = Sheet(max(width, 620), 2 * _MARGIN + 40 + rows * pair_px)
     title = f"above: uncached, below: {c.accelerated.name} ({c.speedup():.2f}x)"
     sheet.text(_MARGIN, _MARGIN - 6, title, 22)
     for i, (above, below) in enumerate(tiles):
         x = _MARGIN + (i % columns) * (tile_w + _GAP)
         y = _MARGIN + 40 + (i // columns) * pair_px
         sheet.image.paste(above, (x, y))
-        sheet.text(x + 2, y + tile_h + 7, _decibels(c.accelerated, i), 17)
+        sheet.text(x + 2, y + tile_h + 7, decibels(c.accelerated, i), 17)
         sheet.image.paste(below, (x, y + tile_h + 34))
     return sheet.image
 
@@ -103,7 +102,7 @@ def strip(c: Comparison) -> Image.Image:
     left, top, below = _MARGIN + 64, _MARGIN + 92, 58
     panel_px = blocks * cell_h + below + 16
     width = max(left + steps * cell_w + _MARGIN, 760)
-    sheet = _Sheet(width, top + panel_px * len(panels) + 4)
+    sheet = Sheet(width, top + panel_px * len(panels) + 4)
     sheet.text(_MARGIN, _MARGIN - 6, headline(c), 26)
     share = f"{c.computed_fraction:.0%} of the block calls computed"
     sheet.text(_MARGIN, _MARGIN + 28, f"{share}, cache {size(c.cache_bytes)}", 16, FAINT)
@@ -111,6 +110,80 @@ def strip(c: Comparison) -> Image.Image:
     for number, panel in enumerate(panels):
         _draw_panel(sheet, panel, left, top + number * panel_px, cell_w, cell_h)
     return sheet.image
+
+
+def density(c: Comparison) -> Image.Image | None:
+    """How much of each attention was computed in which step; None where none was sparse."""
+    models = [m for m in c.summaries[c.accelerated.typical]["models"] if _density_map(m)]
+    if not models:
+        return None
+    panels = [(_density_panel(model), model["attention"]) for model in models]
+    steps, blocks = (max(panel.map.shape[axis] for panel, _ in panels) for axis in (1, 0))
+    cell_w, cell_h = max(6, min(22, 1100 // steps)), max(15, min(22, 480 // blocks))
+    left, top, below = _MARGIN + 64, _MARGIN + 110, 74
+    panel_px = blocks * cell_h + below + 16
+    sheet = Sheet(max(left + steps * cell_w + 190, 820), top + panel_px * len(panels) + 4)
+    sheet.text(_MARGIN, _MARGIN - 6, headline(c), 26)
+    kept = ", ".join(f"{figures['density']:.2f}" for _, figures in panels)
+    says = f"{panels[0][1]['planner']}: mean density of sparse attention {kept}"
+    sheet.text(_MARGIN, _MARGIN + 28, says, 16, FAINT)
+    _density_legend(sheet, _MARGIN + 58)
+    for number, (panel, figures) in enumerate(panels):
+        panel = panel if len(panels) > 1 else replace(panel, title="")
+        y = top + number * panel_px
+        _draw_panel(sheet, panel, left, y, cell_w, cell_h)
+        _draw_layers(sheet, figures["layers"], left + steps * cell_w + 14, y, cell_h)
+    return sheet.image
+
+
+def _density_map(model: dict[str, Any]) -> list[list[float | None]]:
+    found: list[list[float | None]] = (model.get("attention") or {}).get("map", [])
+    return found
+
+
+def _density_panel(model: dict[str, Any]) -> "Panel":
+    """`[blocks, steps]`: a density, 1 where dense, -1 where no branch computed the block."""
+    computed = np.array([branch["map"] for branch in model["branches"]]).max(0)
+    cells = np.where(computed > 0, 1.0, -1.0)
+    for step, row in enumerate(_density_map(model)):
+        for block, found in enumerate(row):
+            if found is not None:
+                cells[step, block] = found
+    return Panel(model["part"], cells.T)
+
+
+def _draw_layers(
+    sheet: "Sheet", layers: list[dict[str, Any]], x: int, top: int, cell_h: int
+) -> None:
+    """Mean density and sampled recall beside each layer's row."""
+    sheet.text(x, top - 18, "density  recall", 13, FAINT)
+    for row in layers:
+        y = top + row["layer"] * cell_h + cell_h // 2
+        for offset, value in ((0, row["density"]), (62, row["recall"])):
+            sheet.text(x + offset, y, "-" if value is None else f"{value:.2f}", 13, INK, "lm")
+
+
+def _density_legend(sheet: "Sheet", y: int) -> None:
+    x = _MARGIN
+    for color, label in ((COMPUTED, "dense"), (REUSED, "reused")):
+        sheet.draw.rectangle((x, y, x + 15, y + 15), fill=color)
+        sheet.text(x + 23, y + 8, label, 16, INK, "lm")
+        x += 110
+    for share in (0.1, 0.3, 0.5, 0.7, 0.9):
+        sheet.draw.rectangle((x, y, x + 15, y + 15), fill=color_of(share))
+        sheet.text(x + 21, y + 8, f"{share:.1f}", 16, INK, "lm")
+        x += 58
+    sheet.text(x, y + 8, "sparse, by density", 16, INK, "lm")
+
+
+def color_of(cell: float) -> str | tuple[int, ...]:
+    """What a cell of a map is drawn in: -1 and 0 reused, 1 computed, between them sparse."""
+    if cell <= 0:
+        return REUSED
+    if cell >= 1:
+        return COMPUTED
+    low, high = (np.array(ImageColor.getrgb(color)) for color in SPARSE)
+    return tuple(int(value) for value in np.rint(low + (high - low) * cell))
 
 
 def headline(c: Comparison) -> str:
@@ -121,10 +194,13 @@ def headline(c: Comparison) -> str:
 
 @dataclass(frozen=True, eq=False)
 class Panel:
-    """One map `[blocks, steps]`, 1 where computed, and the branches that share it."""
+    """One map `[blocks, steps]`, 1 where computed, and the branches that share it.
+
+    Where attention was sparse, its density.
+    """
 
     title: str
-    map: NDArray[np.int64]
+    map: NDArray[Any]
 
 
 def panels_of(summary: dict[str, Any]) -> list[Panel]:
@@ -145,15 +221,15 @@ def panels_of(summary: dict[str, Any]) -> list[Panel]:
 
 
 def _draw_panel(
-    sheet: "_Sheet", panel: Panel, left: int, top: int, cell_w: int, cell_h: int
+    sheet: "Sheet", panel: Panel, left: int, top: int, cell_w: int, cell_h: int
 ) -> None:
     blocks, steps = panel.map.shape
     gap = 1 if min(cell_w, cell_h) < 8 else 2
     for block in range(blocks):
         for step in range(steps):
             x, y = left + step * cell_w, top + block * cell_h
-            color = COMPUTED if panel.map[block, step] else REUSED
-            sheet.draw.rectangle((x, y, x + cell_w - gap - 1, y + cell_h - gap - 1), fill=color)
+            corner = x + cell_w - gap - 1, y + cell_h - gap - 1
+            sheet.draw.rectangle((x, y, *corner), fill=color_of(panel.map[block, step]))
     bottom = top + blocks * cell_h
     for step in _ticks(steps):
         sheet.text(left + step * cell_w + cell_w // 2, bottom + 4, str(step), 14, FAINT, "mt")
@@ -166,7 +242,7 @@ def _draw_panel(
         sheet.text(left + steps * cell_w, bottom + 24, panel.title, 15, INK, "rt")
 
 
-def _legend(sheet: "_Sheet", y: int) -> None:
+def _legend(sheet: "Sheet", y: int) -> None:
     x = _MARGIN
     for color, label in ((COMPUTED, "computed"), (REUSED, "reused")):
         sheet.draw.rectangle((x, y, x + 15, y + 15), fill=color)
@@ -183,23 +259,24 @@ def _ticks(count: int) -> list[int]:
 def _row_of_tiles(c: Comparison, i: int) -> list[Image.Image]:
     reference, picture = (frame_of(e.pictures[i]) for e in (c.baseline, c.accelerated))
     before, after = (float(np.median(e.seconds[i])) for e in (c.baseline, c.accelerated))
-    gain = _gain(reference, picture)
-    figures = f"{after:.2f} s · {before / after:.1f}x · {_decibels(c.accelerated, i)}"
+    times = gain(reference, picture)
+    figures = f"{after:.2f} s · {before / after:.1f}x · {decibels(c.accelerated, i)}"
     return [
-        _labelled(reference, f"uncached {before:.2f} s"),
-        _labelled(picture, f"{c.accelerated.name} {figures}"),
-        _labelled(np.abs(picture - reference) * gain, f"difference x {gain}"),
+        labelled(reference, f"uncached {before:.2f} s"),
+        labelled(picture, f"{c.accelerated.name} {figures}"),
+        labelled(np.abs(picture - reference) * times, f"difference x {times}"),
     ]
 
 
-def _gain(reference: Picture, picture: Picture) -> int:
-    """The power of two that makes the difference visible; 1 to 64."""
+def gain(reference: Picture, picture: Picture) -> int:
+    """For differences: the power of two that makes the difference visible; 1 to 64."""
     largest = float(np.quantile(np.abs(picture - reference), 0.999))
     return int(2 ** np.clip(np.floor(np.log2(1 / max(largest, 1e-6))), 0, 6))
 
 
-def _labelled(picture: Picture, label: str) -> Image.Image:
-    tile = _scaled(as_8bit(picture), _TILE_PX).convert("RGBA")
+def labelled(picture: Picture, label: str) -> Image.Image:
+    """A picture at the size of a tile with a few words on it."""
+    tile = scaled(as_8bit(picture), _TILE_PX).convert("RGBA")
     ink = Image.new("RGBA", tile.size)
     draw = ImageDraw.Draw(ink)
     font = _font(_fitting(label, 19, tile.width - 36))
@@ -215,7 +292,7 @@ def _fitting(text: str, size: int, width: int) -> int:
     return size
 
 
-def _scaled(picture: Bytes, target: int) -> Image.Image:
+def scaled(picture: Bytes, target: int) -> Image.Image:
     """About `target` pixels large; small pictures in whole multiples, so that pixels stay sharp."""
     image = _image(picture)
     longest = max(image.size)
@@ -232,7 +309,8 @@ def _image(picture: Bytes) -> Image.Image:
     return Image.fromarray(picture if picture.shape[-1] > 1 else picture[..., 0]).convert("RGB")
 
 
-def _decibels(entry: Entry, i: int) -> str:
+def decibels(entry: Entry, i: int) -> str:
+    """The PSNR of item `i` in words."""
     scores = entry.scores[i]
     return "identical" if scores.is_identical else f"{scores.psnr_db:.1f} dB"
 
@@ -254,7 +332,7 @@ def _font(size: int) -> Any:
     return ImageFont.load_default(size)
 
 
-class _Sheet:
+class Sheet:
     """A white page to write on."""
 
     def __init__(self, width: int, height: int) -> None:

@@ -248,6 +248,7 @@ class SparseForward:
             site.density = decision.density(geometry).mean().to(query.device)
             if is_sparse:
                 self.kept.unread.append(site)
+        layer.steps.append(self.step.index)
         layer.densities.append(site.density)
         if is_sparse and self.step.index >= site.recall_due:
             site.recall_due = self.step.index + RECALL_EVERY

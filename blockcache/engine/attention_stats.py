@@ -2,6 +2,7 @@
 
 from collections import Counter
 from dataclasses import dataclass, field
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -12,8 +13,12 @@ _PER_LINE = 16
 
 @dataclass
 class LayerStats:
-    """The sparse calls of one block. Scalars stay on the device until `as_dict`."""
+    """The sparse calls of one block. Scalars stay on the device until `as_dict`.
 
+    steps: the step of each call.
+    """
+
+    steps: list[int] = field(default_factory=list)
     densities: list[torch.Tensor] = field(default_factory=list)
     recalls: list[torch.Tensor] = field(default_factory=list)
 
@@ -60,9 +65,29 @@ class AttentionStats:
                 {"layer": i, "calls": calls[i], "density": densities[i], "recall": recalls[i]}
                 for i in calls
             ],
+            "map": self._map(),
             "planning_s": self.planning_s,
             "state_bytes": self.state_bytes,
         }
+
+    def _map(self) -> list[list[float | None]]:
+        """Density `[steps][layers]` as far as sparse calls go, mean over the branches; None: dense.
+
+        One read from the device.
+        """
+        calls = [(step, i) for i, layer in self.layers.items() for step in layer.steps]
+        if not calls:
+            return []
+        found = [density for layer in self.layers.values() for density in layer.densities]
+        values = torch.stack([density.detach().float().mean() for density in found]).tolist()
+        at: dict[tuple[int, int], list[float]] = {}
+        for call, value in zip(calls, values, strict=True):
+            at.setdefault(call, []).append(value)
+        steps, layers = (max(numbers) + 1 for numbers in zip(*calls, strict=True))
+        return [
+            [fmean(at[step, i]) if (step, i) in at else None for i in range(layers)]
+            for step in range(steps)
+        ]
 
 
 def screen(figures: dict[str, Any]) -> list[str]:

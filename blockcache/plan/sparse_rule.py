@@ -11,7 +11,7 @@ from blockcache.plan.steps import Step
 ShareOrCount = Annotated[float, Field(ge=0, le=10**6)]
 """Below 1 a share of all, rounded; from 1 on a count."""
 
-Backend = Literal["auto", "torch", "triton", "flex"]
+Backend = Literal["auto", "torch", "triton", "flex", "flashinfer", "sparge"]
 
 
 @spec

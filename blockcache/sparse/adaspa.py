@@ -55,7 +55,7 @@ class AdaSpa(Planner):
         if "lse" not in state.tensors or context.refresh:
             output, lse = dense_attention(
                 q, k, v, scale=context.scale, layout="BHSD", return_lse=True,
-                backend=context.backend,
+                backend=context.dense_backend,
             )  # fmt: skip
             computed = output, lse
             text = context.text

@@ -64,6 +64,11 @@ class Context:
     refresh: bool = False
     text: Partial | None = None
 
+    @property
+    def dense_backend(self) -> str | None:
+        """Of the dense parts: other people's kernels are asked for the sparse ones only."""
+        return self.backend if self.backend in ("torch", "triton") else None
+
 
 @dataclass
 class State:
@@ -282,7 +287,7 @@ def _over_text(q: Tensor, k: Tensor, v: Tensor, geometry: Geometry, context: Con
         lengths = torch.tensor(geometry.valid, device=q.device) - geometry.video
     output, lse = dense_attention(
         q, keys, values, scale=context.scale, layout="BHSD", return_lse=True, key_lengths=lengths,
-        backend=context.backend,
+        backend=context.dense_backend,
     )  # fmt: skip
     return output, lse
 
@@ -300,7 +305,7 @@ def _with_text_rows(
         lengths = torch.tensor(geometry.valid, device=q.device)
     made = dense_attention(
         rows, k, v, scale=context.scale, layout="BHSD", key_lengths=lengths,
-        backend=context.backend,
+        backend=context.dense_backend,
     )  # fmt: skip
     text = cast(Tensor, made)
     return torch.cat((text[:, :, : geometry.before], video, text[:, :, geometry.before :]), 2)

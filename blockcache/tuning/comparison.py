@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from blockcache.plan import Plan
-from blockcache.tuning.quality import CAP_DB, Scores
+from blockcache.tuning.quality import CAP_DB, Scores, psnr
 
 Picture: TypeAlias = NDArray[np.float32]
 """`[H, W, C]`, or `[F, H, W, C]` for a video; float in 0..1."""
@@ -114,6 +114,13 @@ class Comparison:
         held = (sum(m["cache_bytes"] for m in summary["models"]) for summary in self.summaries)
         return int(max(held))
 
+    def frames_db(self, i: int) -> list[float]:
+        """PSNR of every frame of video `i`; of a picture, its own."""
+        pair = self.accelerated.pictures[i], self.baseline.pictures[i]
+        if pair[0].ndim == 3:
+            return [psnr(*pair)]
+        return [psnr(a, b) for a, b in zip(*pair, strict=True)]
+
     def as_dict(self) -> dict[str, Any]:
         """Every figure as plain data, without the pictures."""
         fast = self.accelerated
@@ -159,6 +166,18 @@ class Comparison:
             "foreground_psnr_db": scores.foreground_db,
             "worst_frame_psnr_db": scores.worst_frame_db,
             "computed_fraction": _computed_fraction(self.summaries[i]),
+            **self._video(i),
+        }
+
+    def _video(self, i: int) -> dict[str, Any]:
+        """What only a video has: every frame's PSNR, the motion's, and its flicker."""
+        scores = self.accelerated.scores[i]
+        if self.accelerated.pictures[i].ndim == 3:
+            return {}
+        return {
+            "frames_psnr_db": self.frames_db(i),
+            "motion_psnr_db": scores.motion_db,
+            "flicker": scores.flicker,
         }
 
     def __str__(self) -> str:

@@ -101,17 +101,22 @@ def block_mass_torch(
 ) -> Tensor:
     """Sum of probabilities per block pair, one head and some rows at a time, `[B, H, S, D]`."""
     wide = torch.promote_types(query.dtype, torch.float32)
-    n_q = -(-query.shape[2] // block_q)
-    n_k = -(-key.shape[2] // block_k)
-    mass = query.new_empty((*query.shape[:2], n_q, n_k), dtype=wide)
-    for h in range(query.shape[1]):
+    batch, heads, length, _ = query.shape
+    n_q, n_k = -(-length // block_q), -(-key.shape[2] // block_k)
+    mass = query.new_empty((batch, heads, n_q, n_k), dtype=wide)
+    # One room for all rows: new memory for each would cost more than the products in it.
+    room = query.new_empty((batch, -(-block_q // row_step), n_k * block_k), dtype=wide)
+    for h in range(heads):
         keys = key[:, h].to(wide).transpose(1, 2)
         for i in range(n_q):
             rows = slice(i * block_q, (i + 1) * block_q, row_step)
-            q = query[:, h, rows].to(wide)
-            share = ((q @ keys) * scale - lse[:, h, rows, None]).exp().sum(1)
-            seen = q.shape[1]
-            held = min(block_q, query.shape[2] - i * block_q)
-            share = F.pad(share, (0, n_k * block_k - key.shape[2])) * (held / seen)
-            mass[:, h, i] = share.unflatten(1, (n_k, block_k)).sum(2)
+            q, known = query[:, h, rows].to(wide), lse[:, h, rows, None].to(wide)
+            # Beyond the last key there is nothing.
+            weights = room[:, : q.shape[1]]
+            weights[:, :, key.shape[2] :] = 0
+            inside = weights[:, :, : key.shape[2]]
+            torch.baddbmm(known, q, keys, beta=-1, alpha=scale, out=inside).exp_()
+            held = min(block_q, length - i * block_q)
+            torch.sum(weights.unflatten(2, (n_k, block_k)), (1, 3), out=mass[:, h, i])
+            mass[:, h, i] *= held / q.shape[1]
     return mass

@@ -1,6 +1,7 @@
 """What more than one kernel folder needs."""
 
 from .runtime import (
+    CPU_FLASH,
     capability,
     interpreted,
     needs_grad,
@@ -18,6 +19,7 @@ from .tensors import (
 )
 
 __all__ = [
+    "CPU_FLASH",
     "allocate",
     "as_layout",
     "capability",

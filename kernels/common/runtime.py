@@ -10,6 +10,9 @@ from torch import Tensor
 
 BACKENDS = ("torch", "triton")
 
+# What scaled_dot_product_attention runs on a CPU; called by name it returns the LSE as well.
+CPU_FLASH = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
+
 
 @functools.cache
 def triton_installed() -> bool:

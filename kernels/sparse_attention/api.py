@@ -15,7 +15,7 @@ from ..common import (
     pick_backend,
     to_heads_first,
 )
-from .flex import flex_objection, flex_sparse_attention
+from .on_request import ON_REQUEST, objection_of
 from .plan import Centroids, SparsePlan
 
 
@@ -24,6 +24,7 @@ def is_supported(
     query: Tensor,
     plan: SparsePlan,
     *,
+    layout: str = "BSHD",
     return_lse: bool = False,
     initial: tuple[Tensor, Tensor] | None = None,
     centroids: Centroids | None = None,
@@ -32,9 +33,10 @@ def is_supported(
     """Whether `sparse_attention` would take this call with this backend, and if not, why.
 
     Args:
-        backend: "torch", "triton" or "flex".
+        backend: "torch", "triton", "flex", "flashinfer" or "sparge".
         query: As for `sparse_attention`, and so is the rest.
         plan: Chosen blocks.
+        layout: "BSHD" or "BHSD".
         return_lse: Whether the log-sum-exp is asked for.
         initial: Earlier result, if any.
         centroids: Stand-ins, if any.
@@ -44,8 +46,8 @@ def is_supported(
         "return_lse": return_lse, "initial": initial, "centroids": centroids,
         "key_lengths": key_lengths,
     }  # fmt: skip
-    if backend == "flex":
-        reason = flex_objection(query, plan, extras)
+    if backend in ON_REQUEST:
+        reason = objection_of(backend, to_heads_first(query, layout), plan, extras)
         return not reason, reason
     try:
         pick_backend(backend, query)
@@ -84,8 +86,9 @@ def sparse_attention(
             in `layout`, the LSE `[B, H, Sq]`.
         centroids: Stand-ins `[B, H, nK, D]` for the blocks that were not chosen.
         key_lengths: int32 or int64 `[B]`; keys at and after this position are left out.
-        backend: "torch", "triton" or None for the best that can run here; or "flex", torch's
-            compiled flex_attention, which `is_supported` says more about.
+        backend: "torch", "triton" or None for the best of these that can run here. Only on request
+            "flex" (torch's compiled flex_attention), "flashinfer" (FlashInfer) and "sparge"
+            (SpargeAttn, in int8 and fp8), whose limits `is_supported` names.
 
     Returns:
         The output in `layout` and the query's dtype; with `return_lse` a pair.
@@ -114,11 +117,14 @@ def sparse_attention(
         "centroids": centroids,
         "key_lengths": key_lengths,
     }
-    if backend == "flex":
-        reason = flex_objection(q, plan, options | {"return_lse": return_lse})
+    if backend in ON_REQUEST:
+        extras_asked = options | {"return_lse": return_lse}
+        reason = objection_of(backend, q, plan, extras_asked)
         if reason:
-            raise ValueError(f"backend='flex' was asked for: {reason}. Use backend=None.")
-        return as_layout(flex_sparse_attention(q, k, v, plan, scale), None, layout)
+            raise ValueError(f"backend={backend!r} was asked for: {reason}. Use backend=None.")
+        taken = {name: extras_asked[name] for name in ON_REQUEST[backend].extras}
+        output, lse = ON_REQUEST[backend].attend(q, k, v, plan, scale, **taken)
+        return as_layout(output, lse, layout)
     if pick_backend(backend, q) == "triton":
         from .kernel import sparse_attention_triton
 

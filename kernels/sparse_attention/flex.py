@@ -12,23 +12,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .ordering import in_order, out_of_order
 from .plan import SparsePlan
 
 
-def flex_objection(query: Tensor, plan: SparsePlan, extras: dict[str, Any]) -> str:
-    """Why flex_attention cannot carry out this call, or an empty string.
-
-    extras: the options of `sparse_attention` beyond plan and scale; None or False where not used.
-    """
+def flex_objection(query: Tensor, plan: SparsePlan) -> str:
+    """Why flex_attention cannot carry out this call, or an empty string."""
     try:
         from torch.nn.attention import flex_attention  # noqa: F401
     except ImportError:
         return f"torch {torch.__version__} has no flex_attention; it needs 2.5 or newer"
     if query.device.type == "cpu" and not shutil.which("g++") and not shutil.which("clang++"):
         return "on the CPU it needs a C++ compiler, and there is neither g++ nor clang++"
-    used = [name for name, value in extras.items() if value is not None and value is not False]
-    if used:
-        return f"it has no {', '.join(used)}"
     if not isinstance(plan.q_blocks, int) or not isinstance(plan.k_blocks, int):
         return "it takes blocks of one size, and the plan's have offsets"
     return ""
@@ -36,17 +31,13 @@ def flex_objection(query: Tensor, plan: SparsePlan, extras: dict[str, Any]) -> s
 
 def flex_sparse_attention(
     query: Tensor, key: Tensor, value: Tensor, plan: SparsePlan, scale: float
-) -> Tensor:
+) -> tuple[Tensor, None]:
     """Sparse attention on `[B, H, S, D]`; the checks were made by the api. A new tensor."""
-    shape = query.shape
     q, k, v = (
-        _ordered(query, plan.q_order), _ordered(key, plan.k_order), _ordered(value, plan.k_order)
+        in_order(query, plan.q_order), in_order(key, plan.k_order), in_order(value, plan.k_order)
     )  # fmt: skip
     output: Tensor = _compiled()(q, k, v, block_mask=_block_mask(plan, q, k), scale=scale)
-    if plan.q_order is None:
-        return output
-    back = plan.q_order.long().expand(*shape[:2], -1)[..., None].expand(shape)
-    return torch.empty_like(output).scatter_(2, back, output)
+    return out_of_order(output, plan.q_order), None
 
 
 def _block_mask(plan: SparsePlan, q: Tensor, k: Tensor) -> Any:
@@ -62,13 +53,6 @@ def _block_mask(plan: SparsePlan, q: Tensor, k: Tensor) -> Any:
         torch.zeros_like(counts), torch.zeros_like(chosen), counts, chosen,
         BLOCK_SIZE=sizes, seq_lengths=(q.shape[2], k.shape[2]),
     )  # fmt: skip
-
-
-def _ordered(tensor: Tensor, order: Tensor | None) -> Tensor:
-    if order is None:
-        return tensor
-    index = order.long().expand(*tensor.shape[:2], -1)
-    return tensor.gather(2, index[..., None].expand(-1, -1, -1, tensor.shape[3]))
 
 
 @functools.cache

@@ -1,32 +1,30 @@
-"""The torch path: gather the chosen key blocks, then dense attention on what was gathered.
+"""The torch path: gather the chosen keys, then dense attention on what was gathered.
 
-Made for CPUs, and faster than dense attention there: about 85 % of the ideal 1 / density. Heads go
-to a pool of threads that each run single-threaded attention, because many small attentions that
-each ask OpenMP for all cores take longer than dense attention does.
+Made for CPUs, and faster than dense attention there. Centroids are keys like all others, gathered
+behind them, with their bias as a mask. Heads go to a pool of threads that each run single-threaded
+attention, because many small attentions that each ask OpenMP for all cores take longer than dense
+attention does.
 """
 
 import contextlib
 import functools
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..common import CPU_FLASH
 from .plan import Blocks, Centroids, SparsePlan, merge_states
 
-# Query blocks that share a call to attention: few calls, but what is gathered should stay in the
-# cache.
-MAX_GROUP = 8
-GATHERED_BYTES = 1 << 19
-# Scores against centroids that are held at a time.
-CENTROID_SCORES = 1 << 17
-
-# What scaled_dot_product_attention runs on a CPU; called by name it returns the LSE as well.
-CPU_FLASH = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
+# Small query blocks share calls of about as many rows. Larger blocks have one each: what is
+# gathered for one of them stays in the cache, for several it does not.
+ROWS_PER_CALL = 64
+# Entries of the table of chosen keys that are held at a time.
+CHOSEN = 1 << 22
 
 
 def sparse_attention_torch(
@@ -45,9 +43,9 @@ def sparse_attention_torch(
     Returns:
         Output `[B, H, Sq, D]`, contiguous, and the LSE `[B, H, Sq]` or None.
     """
-    batch, heads, length, head_dim = query.shape
+    batch, heads, length, _ = query.shape
     output = query.new_empty(query.shape)
-    with_lse = return_lse or initial is not None or centroids is not None
+    with_lse = return_lse or initial is not None
     lse = query.new_empty((batch, heads, length), dtype=_wide(query.dtype)) if with_lse else None
     mask = plan.mask()
     lengths = key_lengths.tolist() if key_lengths is not None else [key.shape[2]] * batch
@@ -58,9 +56,8 @@ def sparse_attention_torch(
             _at(mask, b, h), _at(plan.q_blocks, b, h), _at(plan.k_blocks, b, h),
             _at(plan.q_order, b, h), _at(plan.k_order, b, h), lengths[b],
         )  # fmt: skip
-        o, s = _attend_head(query[b, h], key[b, h], value[b, h], tables, scale, with_lse)
-        if centroids is not None:
-            o, s = _add_centroids(o, s, query[b, h], tables, centroids, b, h, scale)
+        stand_ins = None if centroids is None else _centroids_at(centroids, b, h)
+        o, s = _attend_head(query[b, h], key[b, h], value[b, h], tables, stand_ins, scale, with_lse)
         if initial is not None:
             o, s = merge_states(o, s, initial[0][b, h], initial[1][b, h])
         output[b, h] = o
@@ -84,90 +81,47 @@ class HeadTables:
 
 
 def _attend_head(
-    q: Tensor, k: Tensor, v: Tensor, tables: HeadTables, scale: float, with_lse: bool
-) -> tuple[Tensor, Tensor]:
+    q: Tensor, k: Tensor, v: Tensor, tables: HeadTables, centroids: Centroids | None, scale: float,
+    with_lse: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """One head, `[S, D]`: output and LSE in input order. The LSE holds NaN if not asked for."""
     output = q.new_zeros(q.shape)
     lse = q.new_full(q.shape[:1], -torch.inf, dtype=_wide(q.dtype))
-    kept = _kept_keys(tables, k.shape[0])
-    whole = isinstance(tables.k_blocks, int) and kept is None
-    if whole and tables.k_order is not None:
-        # One pass over the keys, and then whole blocks can be gathered instead of tokens.
-        k, v = (t.index_select(0, tables.k_order.long()) for t in (k, v))
-        tables = replace(tables, k_order=None)
-    calls = _grouped_calls if whole and isinstance(tables.q_blocks, int) else _row_calls
-    q_sorted = q if tables.q_order is None else q.index_select(0, tables.q_order.long())
-    for rows, keys, values in calls(q_sorted, k, v, tables, kept):
-        block = q_sorted[rows].reshape(keys.shape[0], 1, -1, q.shape[1])
-        o, s = attend(block, keys[:, None], values[:, None], scale, with_lse)
+    if tables.q_order is not None:
+        q = q.index_select(0, tables.q_order)
+    is_key = _is_key(tables, k.shape[0])
+    if tables.k_order is not None:
+        # One pass over the keys, and then what a block gathers lies together.
+        k, v = (t.index_select(0, tables.k_order) for t in (k, v))
+    block_of_key = _blocks_of_places(tables.k_blocks, tables.mask.shape[1], k.shape[0], k.device)
+    stand_in = bias = None
+    if centroids is not None:
+        # Behind the keys; a block of count 0 stands for nothing, whatever it holds.
+        k, v = torch.cat((k, centroids.key)), torch.cat((v, centroids.value))
+        stand_in = ~tables.mask & (centroids.counts > 0)
+        bias = F.pad(centroids.counts.to(lse.dtype).log(), (len(block_of_key), 0))
+    edges = block_edges(tables.q_blocks, tables.mask.shape[0], q.shape[0])
+    chosen = _chosen_keys(tables.mask, block_of_key, is_key, stand_in)
+    for blocks, index in _sharing_a_call(chosen, edges):
+        rows, count = _rows_of(blocks, edges, q.device), len(blocks)
+        keys, values = (t.index_select(0, index).view(count, 1, -1, q.shape[1]) for t in (k, v))
+        block = q[rows].reshape(count, 1, -1, q.shape[1])
+        biases = None
+        if bias is not None:
+            biases = bias.index_select(0, index).view(count, 1, 1, -1)
+        o, s = attend(block, keys, values, scale, with_lse, biases)
         output[rows] = o.reshape(-1, q.shape[1])
-        lse[rows] = s.reshape(-1)
+        if with_lse:
+            lse[rows] = s.reshape(-1)
     if tables.q_order is None:
         return output, lse
     back = tables.q_order.long()
-    return torch.empty_like(output).index_copy_(0, back, output), lse.index_copy(0, back, lse)
+    output = torch.empty_like(output).index_copy_(0, back, output)
+    return output, lse.index_copy(0, back, lse)
 
 
-def _grouped_calls(
-    q: Tensor, k: Tensor, v: Tensor, tables: HeadTables, kept: Tensor | None
-) -> Iterator[tuple[Tensor | slice, Tensor, Tensor]]:
-    """Fixed blocks: query blocks with equally many keys share calls."""
-    size, rows = int(tables.k_blocks), int(tables.q_blocks)
-    pad = -k.shape[0] % size
-    k_blocks, v_blocks = (F.pad(t, (0, 0, 0, pad)).reshape(-1, size * t.shape[1]) for t in (k, v))
-    counts = tables.mask.sum(1)
-    # Only the last key block may be short, and rows are ascending: its padding ends the gathered
-    # keys.
-    lengths = (counts * size - tables.mask[:, -1].long() * pad).tolist()
-    last = len(lengths) - 1
-    groups: dict[tuple[int, bool], list[int]] = {}
-    for i, length in enumerate(lengths):
-        if length:
-            groups.setdefault((length, i == last), []).append(i)
-    for (length, _), members in groups.items():
-        bytes_each = length * k.shape[1] * k.element_size()
-        group = max(1, min(MAX_GROUP, GATHERED_BYTES // bytes_each))
-        for at in range(0, len(members), group):
-            chosen = members[at : at + group]
-            index = tables.mask[chosen].nonzero()[:, 1]
-            keys, values = (
-                t.index_select(0, index).view(len(chosen), -1, k.shape[1])[:, :length]
-                for t in (k_blocks, v_blocks)
-            )
-            yield _rows_of(chosen, rows, q.shape[0], q.device), keys, values
-
-
-def _row_calls(
-    q: Tensor, k: Tensor, v: Tensor, tables: HeadTables, kept: Tensor | None
-) -> Iterator[tuple[Tensor | slice, Tensor, Tensor]]:
-    """Any blocks: one call per query block, its key tokens gathered one by one."""
-    order = (
-        torch.arange(k.shape[0], device=k.device)
-        if tables.k_order is None
-        else tables.k_order.long()
-    )
-    edges = block_edges(tables.q_blocks, tables.mask.shape[0], q.shape[0])
-    sizes = torch.tensor(
-        block_edges(tables.k_blocks, tables.mask.shape[1], order.shape[0]), device=k.device
-    ).diff()
-    block_of_key = torch.arange(tables.mask.shape[1], device=k.device).repeat_interleave(sizes)
-    for i, (first, end) in enumerate(zip(edges, edges[1:], strict=False)):
-        if first == end:
-            continue
-        used = tables.mask[i].index_select(0, block_of_key)
-        if kept is not None:
-            used = used & kept
-        tokens = order[used]
-        if len(tokens):
-            yield (
-                slice(first, end),
-                k.index_select(0, tokens)[None],
-                v.index_select(0, tokens)[None],
-            )
-
-
-def _kept_keys(tables: HeadTables, length: int) -> Tensor | None:
-    """Which keys lie before the key length, in the plan's order; None for all."""
+def _is_key(tables: HeadTables, length: int) -> Tensor | None:
+    """Which places of the plan's order hold keys before the key length; None for all."""
     if tables.key_length >= length:
         return None
     device = tables.mask.device
@@ -175,13 +129,55 @@ def _kept_keys(tables: HeadTables, length: int) -> Tensor | None:
     return tokens < tables.key_length
 
 
-def _rows_of(blocks: list[int], size: int, length: int, device: torch.device) -> Tensor | slice:
-    """Token rows of some query blocks; a slice, which copies nothing, where they are neighbours."""
+def _blocks_of_places(blocks: Blocks, count: int, length: int, device: torch.device) -> Tensor:
+    """The block of every place, `[length]`."""
+    places = torch.arange(length, device=device)
+    if isinstance(blocks, Tensor):
+        return torch.bucketize(places, blocks[1:], right=True).clamp_max(count - 1)
+    return places // blocks
+
+
+def _chosen_keys(
+    mask: Tensor, block_of_key: Tensor, is_key: Tensor | None, stand_in: Tensor | None
+) -> Iterator[Tensor]:
+    """For each query block the places of its keys, those of its stand-ins behind all keys."""
+    each = max(1, CHOSEN // (len(block_of_key) + mask.shape[1]))
+    for at in range(0, len(mask), each):
+        used = mask[at : at + each].index_select(1, block_of_key)
+        if is_key is not None:
+            used &= is_key
+        if stand_in is not None:
+            used = torch.cat((used, stand_in[at : at + each]), 1)
+        yield from used.nonzero()[:, 1].split(used.sum(1).tolist())
+
+
+def _sharing_a_call(
+    chosen: Iterator[Tensor], edges: list[int]
+) -> Iterator[tuple[list[int], Tensor]]:
+    """Query blocks and their keys; small blocks of one size with equally many keys go together."""
+    waiting: dict[tuple[int, int], list[tuple[int, Tensor]]] = {}
+    for i, keys in enumerate(chosen):
+        rows = edges[i + 1] - edges[i]
+        if not rows or not len(keys):
+            continue
+        group = waiting.setdefault((rows, len(keys)), [])
+        group.append((i, keys))
+        if (len(group) + 1) * rows > ROWS_PER_CALL:
+            yield _joined(waiting.pop((rows, len(keys))))
+    for group in waiting.values():
+        yield _joined(group)
+
+
+def _joined(group: list[tuple[int, Tensor]]) -> tuple[list[int], Tensor]:
+    blocks = [i for i, _ in group]
+    return blocks, group[0][1] if len(group) == 1 else torch.cat([keys for _, keys in group])
+
+
+def _rows_of(blocks: list[int], edges: list[int], device: torch.device) -> Tensor | slice:
+    """Rows of some query blocks; a slice, which copies nothing, where they are neighbours."""
     if blocks[-1] - blocks[0] == len(blocks) - 1:
-        return slice(blocks[0] * size, min((blocks[-1] + 1) * size, length))
-    starts = torch.tensor(blocks, device=device) * size
-    rows = (starts[:, None] + torch.arange(size, device=device)).flatten()
-    return rows[rows < length]
+        return slice(edges[blocks[0]], edges[blocks[-1] + 1])
+    return torch.cat([torch.arange(edges[i], edges[i + 1], device=device) for i in blocks])
 
 
 def block_edges(blocks: Blocks, count: int, length: int) -> list[int]:
@@ -191,40 +187,28 @@ def block_edges(blocks: Blocks, count: int, length: int) -> list[int]:
     return [min(i * blocks, length) for i in range(count + 1)]
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, with_lse: bool) -> tuple[Tensor, Tensor]:
-    """Dense attention on `[n, 1, S, D]`, and its LSE `[n, 1, S]` (NaN unless asked for)."""
-    if not with_lse:
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, with_lse: bool, bias: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Dense attention on `[n, 1, S, D]`, and its LSE `[n, 1, S]` (NaN unless asked for).
+
+    bias: Added to the logits, fp32 or wider `[n, 1, 1, Sk]`.
+    """
+    wide = _wide(q.dtype)
+    if not with_lse and bias is None:
         o = F.scaled_dot_product_attention(q, k, v, scale=scale)
-        return o, o.new_full(o.shape[:3], torch.nan, dtype=_wide(q.dtype))
+        return o, o.new_full(o.shape[:3], torch.nan, dtype=wide)
     if not q.is_cuda and CPU_FLASH is not None:
-        return CPU_FLASH(q, k, v, 0.0, False, scale=scale)
-    scores = (q.to(_wide(q.dtype)) @ k.to(_wide(q.dtype)).transpose(-1, -2)) * scale
+        mask = None if bias is None else bias.expand(-1, -1, q.shape[2], -1)
+        return CPU_FLASH(q, k, v, 0.0, False, attn_mask=mask, scale=scale)
+    scores = (q.to(wide) @ k.to(wide).transpose(-1, -2)) * scale
+    if bias is not None:
+        scores += bias
     return scores.softmax(-1).to(v.dtype) @ v, scores.logsumexp(-1)
 
 
-def _add_centroids(
-    o: Tensor, lse: Tensor, q: Tensor, tables: HeadTables, centroids: Centroids, b: int, h: int,
-    scale: float,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Merge in the centroids of the blocks that were not chosen, for one head in input order."""
-    wide = _wide(q.dtype)
-    bias = _at(centroids.counts, b, h).to(wide).log()
-    key, value = centroids.key[b, h], centroids.value[b, h]
-    # A block of count 0 may hold anything.
-    key, value = (torch.where((bias > -torch.inf)[:, None], t, 0) for t in (key, value))
-    edges = torch.tensor(block_edges(tables.q_blocks, tables.mask.shape[0], q.shape[0]))
-    blocks = torch.arange(len(edges) - 1).repeat_interleave(edges.diff()).to(q.device)
-    order = torch.arange(len(q), device=q.device) if tables.q_order is None else tables.q_order
-    extra_o, extra_lse = torch.zeros_like(o, dtype=wide), torch.full_like(lse, -torch.inf)
-    rows_each = max(64, CENTROID_SCORES // len(key))
-    for chosen, rows in zip(blocks.split(rows_each), order.long().split(rows_each), strict=True):
-        scores = (q[rows].to(wide) @ key.to(wide).T) * scale
-        scores += torch.where(tables.mask[chosen], -torch.inf, bias)
-        row_lse = scores.logsumexp(-1)
-        known = torch.where(row_lse == -torch.inf, 0.0, row_lse)
-        extra_o[rows] = ((scores - known[:, None]).exp().to(q.dtype) @ value).to(wide)
-        extra_lse[rows] = row_lse
-    return merge_states(o, lse, extra_o, extra_lse)
+def _centroids_at(centroids: Centroids, b: int, h: int) -> Centroids:
+    return Centroids(centroids.key[b, h], centroids.value[b, h], _at(centroids.counts, b, h))
 
 
 def _at(table: Any, b: int, h: int) -> Any:

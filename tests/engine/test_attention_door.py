@@ -286,6 +286,18 @@ def test_the_summary_shows_density_and_recall_of_each_layer(shared):
     assert lines[7].split() == ["dense:", "first", "steps", "(4)"]
 
 
+def test_the_figures_have_a_map_of_densities(shared):
+    """Of steps and layers, None where attention was dense."""
+    one = shared("ltx")
+    blockcache.enable(one.pipe, thin(dense_steps=1, dense_layers=1, dense_last=1))
+    one.run()
+    found = figures(one.pipe)["map"]
+    steps = len(found) + 1
+    assert found[0] == [None] * 4 and steps > 2
+    for row in found[1:]:
+        assert row[0] is None and row[1:] == pytest.approx([0.5] * 3, abs=0.01)
+
+
 # ---- what stays dense, and why -------------------------------------------------------------------
 
 

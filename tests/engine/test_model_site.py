@@ -392,9 +392,7 @@ def two_branches(model, scheduler, steps):
         for i in range(steps):
             scheduler.step_index = i
             for text in conditionings:
-                out = model(
-                    column(i), timestep=scheduler.timesteps[i], encoder_hidden_states=text
-                )
+                out = model(column(i), timestep=scheduler.timesteps[i], encoder_hidden_states=text)
                 outputs.append(out.item())
     return outputs[::2], outputs[1::2]
 

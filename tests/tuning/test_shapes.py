@@ -55,7 +55,9 @@ def test_what_costs_more_per_step_computes_fewer(slower_s, steps):
     tuner = _Tuner.__new__(_Tuner)
     tuner.trace = SimpleNamespace(milliseconds={"computed": 12.0, "reused": 2.0}, sigmas=SIGMAS)
     tuner.screen, tuner.calibration = SimpleNamespace(total=10), []
-    tuner.search = SimpleNamespace(shorter=lambda mask: mask[:-1], longer=lambda mask: (*mask, len(mask) + 1))
+    tuner.search = SimpleNamespace(
+        shorter=lambda mask: mask[:-1], longer=lambda mask: (*mask, len(mask) + 1)
+    )
     seen = []
     tuner.scorer = SimpleNamespace(beats=lambda recipe, *_: seen.append(recipe))
     tuner._slower_by = lambda *_: slower_s
