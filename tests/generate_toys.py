@@ -85,7 +85,9 @@ def pictures(out: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in (out / "items").iterdir()}
 
 
-def split_in_child(rank: int, world: int, name: str, what: Any, meeting: str, answers: Any) -> None:
+def split_in_child(
+    rank: int, world: int, name: str, what: Any, meeting: str, answers: Any, **size: int
+) -> None:
     """Render with a tiny model whose tokens are split over `world` processes, and answer.
 
     The answer: rank, picture, which blocks were computed in which step, by branch.
@@ -102,7 +104,7 @@ def split_in_child(rank: int, world: int, name: str, what: Any, meeting: str, an
         _split_tokens(pipe.transformer, world)
     if what is not None:
         blockcache.enable(pipe, what)
-    picture = tiny_pipelines.generate(pipe, arguments, steps=12)
+    picture = tiny_pipelines.generate(pipe, arguments | size, steps=12)
     maps = []
     if what is not None:
         maps = [branch["map"] for branch in blockcache.summary(pipe).as_dict()["branches"]]

@@ -17,7 +17,7 @@ from blockcache.pipelines.drawing import COMPUTED, REUSED
 from blockcache.pipelines.generate import claims
 from blockcache.pipelines.generate.job import Chosen
 from blockcache.pipelines.generate.progress import Progress
-from blockcache.pipelines.generate.run import Run
+from blockcache.pipelines.generate.run import REPLACED, Run
 from blockcache.pipelines.generate.settings import Config
 from blockcache.pipelines.options import debug_option
 from blockcache.plan import Plan, even_steps
@@ -43,6 +43,9 @@ def _read_config(context: click.Context, _: click.Parameter, path: Path | None) 
     if unknown:
         names = ", ".join(str(name) for name in known)
         raise BlockCacheError(f"{path}: unknown name {unknown[0]!r} (known: {names})")
+    for name, value in found.items():
+        if isinstance(value, (list, dict)) and name != "arguments":
+            raise BlockCacheError(f"{path}: {name} takes one value, found {value!r:.60}")
     if isinstance(found.get("arguments"), dict):
         found["arguments"] = [f"{k}={yaml.safe_dump(v)}" for k, v in found["arguments"].items()]
     context.default_map = found
@@ -57,7 +60,12 @@ def _read_arguments(_: click.Context, __: click.Parameter, given: Any) -> dict[s
         name, is_there, value = str(pair).partition("=")
         if not is_there or not name.isidentifier():
             raise BlockCacheError(f"--argument takes NAME=VALUE, found {pair!r:.60}")
-        found[name] = yaml.safe_load(value)
+        try:
+            found[name] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise BlockCacheError(
+                f"--argument {name} takes a YAML value, found {value!r:.60}"
+            ) from None
     return found
 
 
@@ -136,7 +144,8 @@ def command(context: click.Context, /, dry_run: bool, **given: Any) -> int:
         _say_what_was_done(run)
         if should_stop():
             return cli.INTERRUPTED
-    return cli.FAILED if run.counts[claims.FAILED] else 0
+    # The last one says it: launchers end the others when one process fails.
+    return cli.FAILED if run.report is not None and run.counts[claims.FAILED] else 0
 
 
 def _one_plan(context: click.Context, plans: dict[str, str | None]) -> str:
@@ -182,13 +191,16 @@ def _patience() -> Iterator[Callable[[], bool]]:
 
 
 def _say_what_would_be_done(run: Run) -> None:
-    status = run.status()
+    standing = run.standing()
+    status = standing.status
     done, todo = status.count(claims.DONE), status.count(claims.TODO)
     click.echo(f"{len(status)} rows in {run.job.prompts}: {todo} to do, {done} done already")
+    if standing.replaced:
+        click.echo(REPLACED.format(standing.replaced))
     for row in run.survey.bad[:10]:
         click.echo(f"left out: line {row.line}: {row.why}")
     call = ", ".join(f"{name} {value}" for name, value in run.job.call.items())
-    click.echo(f"model: {run.job.model}" + (f" ({call})" if call else ""))
+    click.echo(f"model: {run.job.model.name}" + (f" ({call})" if call else ""))
     click.echo(f"plan: {_described(run.job.plan, run.job.call.get('num_inference_steps'))}")
 
 

@@ -3,8 +3,11 @@
 import errno
 import json
 import os
-import shutil
+import re
+import subprocess
 from collections.abc import Mapping
+from contextlib import suppress
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +19,10 @@ from blockcache.pipelines.sheets import frames_of
 from blockcache.tuning.comparison import Picture
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_QUALITY = 8
+# Of x264: no difference to be seen.
+_CRF = "10"
+# What has a meaning in ffmpeg's metadata files.
+_SPECIAL = re.compile(r"[=;#\\\n]")
 
 
 class StorageError(OSError):
@@ -51,13 +57,17 @@ def needs_video_writer(pipe: Any) -> None:
         ) from None
 
 
-def save(picture: Picture, path: Path, about: Mapping[str, Any], fps: int) -> Path:
-    """Write `[H, W, C]` as PNG or `[F, H, W, C]` as mp4, float in 0..1; returns the file.
+def ending(picture: Picture) -> str:
+    """PNG for `[H, W, C]`, mp4 for `[F, H, W, C]`."""
+    return ".png" if picture.ndim == 3 else ".mp4"
 
-    path: without ending. about: what goes into the file as well, JSON under "blockcache" in a PNG
-    and as the comment of an mp4; in a PNG "prompt" and "seed" also stand by themselves.
+
+def save(picture: Picture, path: Path, about: Mapping[str, Any], fps: int) -> None:
+    """Write a picture or video, float in 0..1.
+
+    path: with the picture's ending. about: what goes into the file as well, JSON under "blockcache"
+    in a PNG and as the comment of an mp4; in a PNG "prompt" and "seed" also stand by themselves.
     """
-    path = path.with_name(path.name + (".png" if picture.ndim == 3 else ".mp4"))
     partial = path.with_name(f".{os.getpid()}.partial.{path.name}")
     try:
         if picture.ndim == 3:
@@ -66,9 +76,11 @@ def save(picture: Picture, path: Path, about: Mapping[str, Any], fps: int) -> Pa
             _write_mp4(frames_of(picture), partial, about, fps)
         _force_to_disk(partial)
         os.replace(partial, path)
+        # The new name, too; some file systems cannot, and a name that is lost is rendered again.
+        with suppress(OSError):
+            _force_to_disk(path.parent)
     finally:
         partial.unlink(missing_ok=True)
-    return path
 
 
 def _write_png(image: Image.Image, path: Path, about: Mapping[str, Any]) -> None:
@@ -80,26 +92,44 @@ def _write_png(image: Image.Image, path: Path, about: Mapping[str, Any]) -> None
 
 
 def _write_mp4(frames: list[Image.Image], path: Path, about: Mapping[str, Any], fps: int) -> None:
-    import imageio_ffmpeg
-    import numpy as np
+    """As H.264, which plays everywhere.
 
-    writer = imageio_ffmpeg.write_frames(
+    ffmpeg reads `about` from a file, for a long prompt does not fit on a command line. It stands in
+    a session of its own, so that a Ctrl-C lets it finish.
+    """
+    import imageio_ffmpeg
+
+    path, notes = path.absolute(), path.with_suffix(".txt").absolute()
+    width, height = frames[0].size
+    command = [
+        imageio_ffmpeg.get_ffmpeg_exe(),
+        *("-y", "-v", "error"),
+        *("-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-r", str(fps)),
+        *("-i", "pipe:0", "-f", "ffmetadata", "-i", str(notes), "-map_metadata", "1"),
+        # Players want even sides.
+        *("-vf", "scale=ceil(iw/2)*2:ceil(ih/2)*2"),
+        *("-c:v", "libx264", "-crf", _CRF, "-pix_fmt", "yuv420p", "-movflags", "+faststart"),
         str(path),
-        frames[0].size,
-        fps=fps,
-        quality=_QUALITY,
-        # Players want even sides; a larger block would scale small videos.
-        macro_block_size=2,
-        output_params=["-metadata", f"comment={json.dumps(about)}", "-movflags", "+faststart"],
-    )
-    writer.send(None)
-    for frame in frames:
-        writer.send(np.ascontiguousarray(frame))
-    writer.close()
-    if not path.is_file() or not path.stat().st_size:
-        free = shutil.disk_usage(path.parent).free
-        number = errno.ENOSPC if free < 1 << 20 else errno.EIO
-        raise OSError(number, "ffmpeg wrote nothing", str(path))
+    ]
+    comment = _SPECIAL.sub(r"\\\g<0>", json.dumps(about))
+    try:
+        notes.write_text(f";FFMETADATA1\ncomment={comment}\n", encoding="utf-8")
+        pixels = b"".join(frame.tobytes() for frame in frames)
+        done = subprocess.run(
+            command,
+            input=pixels,
+            capture_output=True,
+            restore_signals=False,
+            start_new_session=True,
+        )
+    finally:
+        notes.unlink(missing_ok=True)
+    if done.returncode:
+        said = done.stderr.decode(errors="replace").strip()
+        for number in _FULL:
+            if os.strerror(number) in said:
+                raise OSError(number, os.strerror(number), str(path))
+        raise RuntimeError(f"ffmpeg ended with {done.returncode}: {said[-300:]}")
 
 
 def _force_to_disk(path: Path) -> None:
@@ -125,7 +155,11 @@ def thumbnail(path: Path, longest: int) -> Image.Image:
 def _middle_frame(path: Path) -> Image.Image:
     import imageio_ffmpeg
 
+    count, _ = imageio_ffmpeg.count_frames_and_secs(str(path))
     reader = imageio_ffmpeg.read_frames(str(path))
-    about = next(reader)
-    frames = list(reader)
-    return Image.frombytes("RGB", about["size"], frames[len(frames) // 2])
+    try:
+        about = next(reader)
+        (frame,) = islice(reader, count // 2, count // 2 + 1)
+    finally:
+        reader.close()
+    return Image.frombytes("RGB", about["size"], frame)

@@ -20,7 +20,7 @@ _TILE_PX, _GAP, _LABEL_PX, _MARGIN = 128, 12, 20, 28
 
 def write(folder: Path, rows: Rows, lines: Sequence[str]) -> list[str]:
     """Write both; `lines` stand above. Returns the files' names."""
-    done = (row for row in rows() if row["status"] == "done")
+    done = (row for row in rows() if row["status"] == "done" and (folder / row["file"]).is_file())
     shown = list(islice(done, _ON_SHEET))
     made = []
     if shown:
@@ -126,7 +126,7 @@ figcaption span { color: var(--faint); display: block }
 <p>{{ line }}</p>
 {% endfor %}
 {% if pairs %}
-<p>Point at a picture to see it uncached.
+<p>Point at a picture to see it uncached; a click plays a video.
 <label>Order: <select id="order">
 <option value="row">as given<option value="psnr">worst first</select></label></p>
 {% endif %}
@@ -142,7 +142,7 @@ figcaption span { color: var(--faint); display: block }
 {% for source, kind in [(item.src, "cached"), (item.plain, "plain")] if source %}
 {% if source.endswith(".mp4") %}
 <video class="{{ kind }}" src="{{ source }}" preload="metadata"
- muted loop playsinline controls></video>
+ muted loop playsinline{{ " controls" if not item.plain }}></video>
 {% else %}
 <img class="{{ kind }}" src="{{ source }}" loading="lazy" alt="">
 {% endif %}
@@ -167,6 +167,12 @@ figcaption span { color: var(--faint); display: block }
 document.getElementById("order").onchange = (event) => {
   const main = document.querySelector("main"), key = event.target.value;
   [...main.children].sort((a, b) => a.dataset[key] - b.dataset[key]).forEach((x) => main.append(x));
+};
+// Both of a pair play at once, and pointing shows the other one.
+document.querySelector("main").onclick = (event) => {
+  const videos = [...(event.target.closest(".frame")?.querySelectorAll("video") ?? [])];
+  const are_to_play = videos[0]?.paused;
+  videos.forEach((video) => are_to_play ? video.play() : video.pause());
 };
 </script>
 {% endif %}

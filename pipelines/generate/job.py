@@ -3,7 +3,7 @@
 import hashlib
 import json
 from array import array
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -39,6 +39,14 @@ class Chosen:
 
 
 @dataclass(frozen=True)
+class ModelName:
+    """What a model is called. hash: of a folder's contents, empty where there is no folder."""
+
+    name: str
+    hash: str = ""
+
+
+@dataclass(frozen=True)
 class Item:
     """One picture to be made. call: of the pipeline. hash: of everything that decides it."""
 
@@ -62,7 +70,7 @@ class Job:
     """The items of a run. `model_call` are the model's own default arguments."""
 
     def __init__(
-        self, config: Config, model: str, model_call: Mapping[str, Any], dtype: str
+        self, config: Config, model: ModelName, model_call: Mapping[str, Any], dtype: str
     ) -> None:
         """Read the run's own plan.
 
@@ -71,7 +79,7 @@ class Job:
         """
         self.config, self.prompts, self.model = config, Prompts(config.prompts), model
         self.call = {**model_call, **config.arguments, **config.call()}
-        self._common = [model, dtype, config.baseline, config.fps]
+        self._common = [model.name, model.hash, dtype, config.baseline, config.fps]
         self._plans: dict[str, Chosen] = {}
         self.plan = self.plan_called(config.plan)
 
@@ -114,11 +122,12 @@ class Job:
                 names.append(item.number)
             else:
                 keys.append(manifest.key_of(item.id, item.hash))
-                names.append(manifest.key_of(item.stem.casefold(), ""))
-        for row in self._repeated(np.asarray(names, np.uint64)):
+                names.append(_place(item.stem))
+        places = np.asarray(names, np.uint64)
+        for row in self._repeated(places):
             bad.setdefault(row.number, row)
         rows = tuple(bad[number] for number in sorted(bad))
-        return Survey(np.asarray(keys, np.uint64), rows)
+        return Survey(np.asarray(keys, np.uint64), places, rows)
 
     def _repeated(self, names: NDArray[np.uint64]) -> Iterator[BadRow]:
         """Rows whose file would be that of an earlier row."""
@@ -136,11 +145,26 @@ class Job:
                 yield BadRow(number, row.line, why)
 
 
+@dataclass(frozen=True)
+class Standing:
+    """How far a job is in a folder.
+
+    status: a byte for each row. replaced: rows to do whose file is there with other settings.
+    """
+
+    status: bytes
+    replaced: int = 0
+
+
 @dataclass(frozen=True, eq=False)
 class Survey:
-    """All rows at a glance: a key for each (id and settings), and those that cannot be used."""
+    """All rows at a glance, and those that cannot be used.
+
+    keys: of each row's id and settings. places: of its file's name.
+    """
 
     keys: NDArray[np.uint64]
+    places: NDArray[np.uint64]
     bad: tuple[BadRow, ...]
 
     @property
@@ -149,11 +173,18 @@ class Survey:
         numbers = ",".join(str(row.number) for row in self.bad)
         return hashlib.sha256(self.keys.tobytes() + numbers.encode()).hexdigest()[:32]
 
-    def status(self, done: NDArray[np.uint64]) -> bytes:
-        """What `Claims` starts from: which rows are bad, and which are done already."""
-        found = np.where(np.isin(self.keys, done), ord(claims.DONE), ord(claims.TODO))
+    def standing(self, done: Iterable[dict[str, Any]]) -> Standing:
+        """What `Claims` starts from. done: the rows of the manifest whose file is there."""
+        keys, places = array("Q"), array("Q")
+        for row in done:
+            keys.append(manifest.key_of(row["id"], row["settings_hash"]))
+            places.append(_place(stem_for(row["id"])))
+        is_done = np.isin(self.keys, np.asarray(keys, np.uint64))
+        found = np.where(is_done, ord(claims.DONE), ord(claims.TODO))
         found[[row.number for row in self.bad]] = ord(claims.BAD)
-        return found.astype(np.uint8).tobytes()
+        is_there = np.isin(self.places, np.asarray(places, np.uint64))
+        replaced = int(np.count_nonzero(is_there & (found == ord(claims.TODO))))
+        return Standing(found.astype(np.uint8).tobytes(), replaced)
 
     def refuse_bad(self, prompts: Prompts) -> None:
         """Refuse the job if any row is bad.
@@ -168,6 +199,11 @@ class Survey:
         raise BlockCacheError(
             f"{prompts}: {shown}{more}. Nothing was generated; mend them or give --skip-bad"
         )
+
+
+def _place(stem: str) -> int:
+    """64 bits that stand for a file's name, on file systems that know no letter case, too."""
+    return manifest.key_of(stem.casefold(), "")
 
 
 def digest(value: Any) -> str:

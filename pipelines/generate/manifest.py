@@ -1,24 +1,30 @@
 """What became of every item, as JSON lines: one file per process, merged by the last to leave.
 
 A line is appended and forced to the disk when its item is finished. A process that is killed can
-leave half a line behind; whoever reads leaves it out.
+leave half a line behind; whoever reads leaves it out. Of several lines for one id the last counts.
 """
 
-import contextlib
 import hashlib
 import json
 import os
 import socket
 from array import array
 from collections.abc import Iterator
+from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
-from numpy.typing import NDArray
 
 NAME, PARTS = "manifest.jsonl", "parts"
-_NEEDED = {"id", "row", "status", "file", "settings_hash", "finished"}
+REPLACED = "replaced"
+"""Status of an id whose old file is about to make way for a new one."""
+
+_NEEDED: dict[str, Any] = {
+    **dict.fromkeys(("id", "status", "settings_hash"), str),
+    **{"row": int, "file": str | None, "finished": (int, float)},
+}
+_MOST_OPEN = 256
 
 
 def key_of(name: str, settings_hash: str) -> int:
@@ -73,8 +79,9 @@ def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                 row = json.loads(line)
             except (ValueError, RecursionError):
                 row = None
-            if isinstance(row, dict) and row.keys() >= _NEEDED:
-                yield start, row
+            if isinstance(row, dict) and row.keys() >= _NEEDED.keys():
+                if all(isinstance(row[name], kind) for name, kind in _NEEDED.items()):
+                    yield start, row
             start += len(line)
 
 
@@ -84,54 +91,71 @@ def files(folder: Path) -> list[Path]:
     return merged + sorted((folder / PARTS).glob("*.jsonl"))
 
 
-def done_keys(folder: Path) -> NDArray[np.uint64]:
-    """The keys of all items that are done and whose file is still there."""
-    keys = array("Q")
-    for path in files(folder):
-        for row in rows(path):
-            if row["status"] == "done" and (folder / str(row["file"])).is_file():
-                keys.append(key_of(str(row["id"]), str(row["settings_hash"])))
-    return np.frombuffer(keys, np.uint64) if keys else np.empty(0, np.uint64)
+def latest(folder: Path) -> Iterator[bytes]:
+    """The last line of each id, in the order of the prompts.
 
-
-def merge(folder: Path) -> Path:
-    """Make one file of all, a line per id, in the order of the prompts, and remove the parts.
-
-    Of several lines for one id the last one finished counts. Lines are never all in memory: only
-    where each begins.
+    Lines are never all in memory: only where each begins.
     """
     sources = files(folder)
-    keys, numbers, places = array("Q"), array("Q"), array("Q")
+    keys, numbers, places = array("Q"), array("q"), array("Q")
     origins, times = array("Q"), array("d")
     for origin, path in enumerate(sources):
         for place, row in _lines(path):
-            keys.append(key_of(str(row["id"]), ""))
-            numbers.append(int(row["row"]))
+            keys.append(key_of(row["id"], ""))
+            numbers.append(row["row"])
             places.append(place)
             origins.append(origin)
-            times.append(float(row["finished"]))
-    # By id and time; the last of each id is kept, and those in the order of their rows.
-    order = np.lexsort((times, keys))
+            times.append(row["finished"])
+    if not keys:
+        return
+    # By id; what is merged already comes first, the rest by time.
+    is_new = np.asarray([path.name != NAME for path in sources])[np.asarray(origins)]
+    order = np.lexsort((times, is_new, keys))
     sorted_keys = np.asarray(keys)[order]
-    kept = order[np.append(sorted_keys[1:] != sorted_keys[:-1], True)] if len(order) else order
-    kept = kept[np.argsort(np.asarray(numbers)[kept], kind="stable")]
+    kept = order[np.append(sorted_keys[1:] != sorted_keys[:-1], True)]
+    with _Opened() as opened:
+        for i in kept[np.argsort(np.asarray(numbers)[kept], kind="stable")]:
+            source = opened.file(sources[origins[i]])
+            source.seek(places[i])
+            yield source.readline().rstrip(b"\n") + b"\n"
+
+
+class _Opened(ExitStack):
+    """Files that are read by turns; not all of hundreds at a time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._files: dict[Path, BinaryIO] = {}
+
+    def file(self, path: Path) -> BinaryIO:
+        if path not in self._files:
+            if len(self._files) == _MOST_OPEN:
+                self._files.clear()
+                self.close()
+            self._files[path] = self.enter_context(path.open("rb"))
+        return self._files[path]
+
+
+def done(folder: Path) -> Iterator[dict[str, Any]]:
+    """The rows of all items that are done and whose file is still there."""
+    for line in latest(folder):
+        row = json.loads(line)
+        if row["status"] == "done" and (folder / str(row["file"])).is_file():
+            yield row
+
+
+def merge(folder: Path) -> Path:
+    """Make one file of all, a line per id, in the order of the prompts, and remove the parts."""
+    sources = files(folder)
     merged, partial = folder / NAME, folder / f".{NAME}.partial"
-    opened = [path.open("rb") for path in sources]
-    try:
-        with partial.open("wb") as out:
-            for i in kept:
-                source = opened[origins[i]]
-                source.seek(places[i])
-                out.write(source.readline().rstrip(b"\n") + b"\n")
-            out.flush()
-            os.fsync(out.fileno())
-    finally:
-        for source in opened:
-            source.close()
+    with partial.open("wb") as out:
+        out.writelines(latest(folder))
+        out.flush()
+        os.fsync(out.fileno())
     os.replace(partial, merged)
     for path in sources:
         if path != merged:
             path.unlink()
-    with contextlib.suppress(OSError):
+    with suppress(OSError):
         (folder / PARTS).rmdir()
     return merged

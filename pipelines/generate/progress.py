@@ -32,7 +32,15 @@ class Progress:
             progress.TextColumn("{task.fields[figures]}"),
             progress.TimeRemainingColumn(),
         )
-        self._bar: Any = progress.Progress(*columns, console=console, disable=not self._has_bar)
+        self._bar: Any = progress.Progress(
+            *columns,
+            console=console,
+            disable=not self._has_bar,
+            # Drawing takes time from the rendering; items may take minutes, and the time left is
+            # reckoned from those of the last hour.
+            refresh_per_second=2,
+            speed_estimate_period=3600,
+        )
         self._task: TaskID = self._bar.add_task("rendering", total=None, figures="")
 
     def __enter__(self) -> "Progress":

@@ -18,6 +18,12 @@ from blockcache.pipelines.generate.job import Chosen, Item
 from blockcache.tuning.comparison import Picture
 
 _LONGEST_REASON = 500
+# Not in torch before 2.8.
+_ACCELERATOR_ERROR: Any = getattr(torch, "AcceleratorError", ())
+
+
+class DeviceError(RuntimeError):
+    """The device failed, and with it every item that this process would still render."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,10 +78,14 @@ class Renderer:
         """A result for each item. Out of memory halves the batch, anything else is tried again.
 
         The second try is one item at a time, so that a bad item costs its batch mates nothing.
+
+        Raises:
+            DeviceError: the device failed.
         """
         try:
             return self._call(items)
         except Exception as caught:
+            _check_device(caught)
             error, is_full = _described(caught), is_out_of_memory(caught)
         # Outside of the handler nothing holds on to the failed call's tensors any more.
         if not is_full:
@@ -91,6 +101,7 @@ class Renderer:
         try:
             return self._call([item])[0]
         except Exception as caught:
+            _check_device(caught)
             error = _described(caught)
         self._free()
         return Rendered(item, error=error)
@@ -176,6 +187,21 @@ def is_out_of_memory(error: Exception) -> bool:
     kinds = (MemoryError, torch.OutOfMemoryError)
     words = ("out of memory", "can't allocate memory", "cannot allocate memory")
     return isinstance(error, kinds) or any(word in str(error).lower() for word in words)
+
+
+def _check_device(error: Exception) -> None:
+    """Tell an item's error from the end of the device.
+
+    Raises:
+        DeviceError: after this error every call of this process fails, whatever it renders.
+    """
+    if isinstance(error, torch.OutOfMemoryError):
+        return
+    if isinstance(error, _ACCELERATOR_ERROR) or "CUDA error" in str(error):
+        raise DeviceError(
+            f"{_described(error)}; the device is of no more use to this process. No item is "
+            "marked as failed; other processes, or the same command again, go on"
+        ) from error
 
 
 def _described(error: Exception) -> str:

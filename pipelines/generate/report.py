@@ -107,5 +107,5 @@ def _rows_of(merged: Path, survey: Survey) -> Iterator[dict[str, Any]]:
     for row in manifest.rows(merged):
         key = np.uint64(manifest.key_of(str(row["id"]), str(row["settings_hash"])))
         at = int(np.searchsorted(keys, key))
-        if at < len(keys) and keys[at] == key:
+        if at < len(keys) and keys[at] == key and row["status"] != manifest.REPLACED:
             yield row

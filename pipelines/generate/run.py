@@ -14,7 +14,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from blockcache.errors import BlockCacheError
@@ -22,13 +21,18 @@ from blockcache.pipelines import models
 from blockcache.pipelines.compare import check_folder
 from blockcache.pipelines.generate import claims, files, manifest
 from blockcache.pipelines.generate.claims import Claims
-from blockcache.pipelines.generate.job import Item, Job
+from blockcache.pipelines.generate.fingerprint import fingerprint
+from blockcache.pipelines.generate.job import Item, Job, ModelName, Standing
 from blockcache.pipelines.generate.prompts import BadRow
 from blockcache.pipelines.generate.render import Renderer
 from blockcache.pipelines.generate.report import Report
 from blockcache.pipelines.generate.saving import Result, Saver
 from blockcache.pipelines.generate.settings import Config
 from blockcache.pipelines.options import dtype_name
+
+logger = logging.getLogger("blockcache")
+
+REPLACED = "{} files of other settings (or prompts) are there under the same ids; they are replaced"
 
 _STATE, _CONFIG = ".state", "run.yaml"
 _POLL_S = 0.5
@@ -99,9 +103,8 @@ class Run:
         self._model = models.find(config.model) if isinstance(config.model, str) else None
         self._device = models.device_for(self._device_name())
         self._dtype = self._dtype_name()
-        name = self._model.name if self._model else _name_of(config.model)
         call = self._model.call if self._model else {}
-        self.job = Job(config, name, call, self._dtype)
+        self.job = Job(config, self._model_name(), call, self._dtype)
         self.survey = self.job.survey()
         if not config.skip_bad:
             self.survey.refuse_bad(self.job.prompts)
@@ -119,11 +122,15 @@ class Run:
         is_embedded = self.config.model in models.EMBEDDED
         return dtype_name(self.config.dtype, self._device.type, is_embedded)
 
-    def status(self) -> bytes:
-        """What every row's byte would be, were the run to begin now."""
-        nothing = np.empty(0, np.uint64)
-        done = nothing if self.config.overwrite else manifest.done_keys(self.folder)
-        return self.survey.status(done)
+    def _model_name(self) -> ModelName:
+        if self._model is None:
+            return _name_of(self.config.model)
+        folder = Path(self._model.source).expanduser()
+        return ModelName(self._model.name, fingerprint(folder) if self._model.is_local else "")
+
+    def standing(self) -> Standing:
+        """What is done and what is to be done, were the run to begin now."""
+        return self.survey.standing(() if self.config.overwrite else manifest.done(self.folder))
 
     def results(self) -> Iterator[Result]:
         """Render what is to be done; yields what this process finishes."""
@@ -133,7 +140,6 @@ class Run:
         except OSError as error:
             raise BlockCacheError(f"cannot write to {self.folder}: {error.strerror}") from None
         once = _Once()
-        logger = logging.getLogger("blockcache")
         logger.addFilter(once)
         try:
             book.enter(self.survey.digest, self._initialise)
@@ -155,7 +161,10 @@ class Run:
         for partial in self.folder.glob("*/.*.partial.*"):
             partial.unlink()
         (self.folder / _CONFIG).write_text(self.config.as_yaml(), encoding="utf-8")
-        return self.status()
+        standing = self.standing()
+        if standing.replaced:
+            logger.warning(REPLACED.format(standing.replaced))
+        return standing.status
 
     def _work(self, book: Claims) -> Iterator[Result]:
         self.counts = book.count()
@@ -182,10 +191,10 @@ class Run:
     ) -> Iterator[Result]:
         saving: Future[list[Result]] | None = None
         for batch in self._batches(book, renderer):
-            rendered = renderer.render(batch)
+            rendered = renderer.render(batch) if batch else []
             if saving is not None:
                 yield from self._saved(saving, book)
-            saving = thread.submit(saver.save, rendered)
+            saving = thread.submit(saver.save, rendered) if batch else None
             if self.config.fail_fast and any(one.error for one in rendered):
                 book.stop()
         if saving is not None:
@@ -197,34 +206,35 @@ class Run:
         yield from results
 
     def _batches(self, book: Claims, renderer: Renderer) -> Iterator[list[Item]]:
-        """Claimed items of one form, as many as go into one call."""
-        reader = _Reader(self.job, self.survey.keys)
-        first = self._next(book, reader, may_wait=True)
-        while first is not None:
-            batch, following = [first], None
-            most = renderer.most if first.plan.batches else 1
-            while len(batch) < most and following is None:
-                item = self._next(book, reader, may_wait=False)
-                if item is None:
-                    break
-                if item.form == first.form:
-                    batch.append(item)
-                else:
-                    following = item
-            yield batch
-            first = following or self._next(book, reader, may_wait=True)
+        """Claimed items of one form, as many as go into one call; none while there is none to take.
 
-    def _next(self, book: Claims, reader: "_Reader", may_wait: bool) -> Item | None:
-        """The next item to do. Rank 0 stays until every item is settled, for others may die."""
-        while not self.should_stop():
-            row = book.take()
-            if row is not None:
-                return reader.item(row)
-            is_over = book.is_stopped() or not book.count()[claims.TODO]
-            if not may_wait or self.worker.rank or is_over:
-                return None
-            time.sleep(_POLL_S)
-        return None
+        Rank 0 stays until every item is settled, for others may die.
+        """
+        reader = _Reader(self.job, self.survey.keys)
+        following: Item | None = None
+        # What was taken beyond a batch is free again when this process leaves.
+        while not self.should_stop() and not book.is_stopped():
+            first, following = following or self._next(book, reader), None
+            if first is None:
+                # Whoever asked settles its own items now, so that it does not wait for these.
+                yield []
+                if self.worker.rank or not book.count()[claims.TODO]:
+                    return
+                time.sleep(_POLL_S)
+                continue
+            batch = [first]
+            most = renderer.most if first.plan.batches else 1
+            while len(batch) < most and (item := self._next(book, reader)) is not None:
+                if item.form != first.form:
+                    following = item
+                    break
+                batch.append(item)
+            yield batch
+
+    def _next(self, book: Claims, reader: "_Reader") -> Item | None:
+        """The next item to do, if there is one at the moment."""
+        row = book.take()
+        return None if row is None else reader.item(row)
 
 
 class _Reader:
@@ -259,7 +269,7 @@ class _Once(logging.Filter):
         return is_new
 
 
-def _name_of(pipe: Any) -> str:
+def _name_of(pipe: Any) -> ModelName:
     """What to call a pipeline that was handed over."""
     name = getattr(getattr(pipe, "config", None), "_name_or_path", "")
-    return str(name or type(pipe).__name__)
+    return ModelName(str(name or type(pipe).__name__))

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from blockcache.pipelines.generate import claims, files
+from blockcache.pipelines.generate import claims, files, manifest
 from blockcache.pipelines.generate.claims import Claims
-from blockcache.pipelines.generate.manifest import Part
+from blockcache.pipelines.generate.job import ModelName
 from blockcache.pipelines.generate.names import stem_for
 from blockcache.pipelines.generate.render import Rendered
 from blockcache.tuning import environment, quality
@@ -36,10 +36,10 @@ class Result:
 class Saver:
     """Saves what one process renders. Used by one thread, while the next item is rendered."""
 
-    def __init__(self, folder: Path, book: Claims, model: str, fps: int, rank: int) -> None:
+    def __init__(self, folder: Path, book: Claims, model: ModelName, fps: int, rank: int) -> None:
         """Open this process's part of the manifest."""
         self._folder, self._book, self._model, self._fps = folder, book, model, fps
-        self._part = Part(folder, rank)
+        self._part = manifest.Part(folder, rank)
         self._where = {"rank": rank, "host": socket.gethostname()}
         self._versions = environment.versions(("blockcache", "torch", "diffusers"))
 
@@ -86,7 +86,8 @@ class Saver:
             "row": item.number,
             "prompt": item.prompt,
             "seed": item.seed,
-            "model": self._model,
+            "model": self._model.name,
+            "model_hash": self._model.hash,
             "settings": dict(item.call),
             "plan": item.plan.name,
             "plan_hash": item.plan.hash,
@@ -110,10 +111,15 @@ class Saver:
 
     def _file(self, picture: Picture, place: str, about: dict[str, Any]) -> str:
         """Write it; returns its path within the folder."""
-        folder = self._folder / place
-        folder.mkdir(exist_ok=True)
-        stem = folder / stem_for(about["id"])
-        return files.save(picture, stem, about, self._fps).relative_to(self._folder).as_posix()
+        name = f"{place}/{stem_for(about['id'])}{files.ending(picture)}"
+        path = self._folder / name
+        path.parent.mkdir(exist_ok=True)
+        if place == ITEMS and path.exists():
+            # Until the new file has a line of its own, the old one's must not speak for it.
+            now = {"status": manifest.REPLACED, "file": None, "finished": time.time()}
+            self._part.append({**about, **now})
+        files.save(picture, path, about, self._fps)
+        return name
 
 
 def _figures(one: Rendered) -> dict[str, Any]:

@@ -1,4 +1,5 @@
-import numpy as np
+import json
+
 import pytest
 
 from blockcache.errors import BlockCacheError
@@ -132,6 +133,36 @@ def test_done_is_what_has_its_file_and_its_settings(tmp_path):
     for row in (line("a", 0, 1.0), line("b", 1, 1.0), line("c", 2, 1.0, status="failed")):
         part.append(row)
     part.close()
-    assert manifest.done_keys(tmp_path).tolist() == [manifest.key_of("a", "h")]
+    assert [row["id"] for row in manifest.done(tmp_path)] == ["a"]
     assert manifest.key_of("a", "h") != manifest.key_of("a", "g")
-    assert manifest.done_keys(tmp_path / "none").dtype == np.uint64
+    assert not list(manifest.done(tmp_path / "none"))
+
+
+def test_what_is_no_row_is_left_out(tmp_path):
+    """A manifest that somebody edited, or that a broken disk gave back."""
+    good = line("a", 0, 1.0)
+    bad = [{**good, "row": "x"}, {**good, "finished": None}, {**good, "id": 3}, {"id": "a"}, [good]]
+    text = "\n".join([*map(json.dumps, bad), "", "[" * 10_000, json.dumps(good)])
+    (tmp_path / "manifest.jsonl").write_bytes(text.encode() + b"\n\xff\x00\n")
+    assert [json.loads(found) for found in manifest.latest(tmp_path)] == [good]
+
+
+def test_a_part_is_newer_than_what_is_merged_whatever_the_clocks_say(tmp_path):
+    """The machine that rendered it anew may be an hour behind."""
+    for name, finished in (("old", 9e9), ("new", 1.0)):
+        part = manifest.Part(tmp_path, 0)
+        part.append(line("a", 0, finished, note=name))
+        part.close()
+        manifest.merge(tmp_path)
+    assert [row["note"] for row in manifest.rows(tmp_path / "manifest.jsonl")] == ["new"]
+
+
+def test_hundreds_of_parts_are_merged_with_few_files_open(tmp_path, monkeypatch):
+    monkeypatch.setattr(manifest, "_MOST_OPEN", 2)
+    (tmp_path / "parts").mkdir()
+    for rank in range(5):
+        rows = [line(f"{rank}-{i}", 5 * i + rank, 1.0) for i in range(3)]
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        (tmp_path / "parts" / f"rank-{rank}.jsonl").write_text(text)
+    merged = manifest.merge(tmp_path)
+    assert [row["row"] for row in manifest.rows(merged)] == list(range(15))

@@ -10,8 +10,10 @@ from itertools import count
 import numpy as np
 import pytest
 
-from blockcache import recipes
+from blockcache import Recipe, Sparse, recipes
+from blockcache.sparse import by_name
 from generate_toys import split_in_child
+from sparse_toys import SMALL
 
 PATIENCE_S = 120
 _meetings = count()
@@ -19,15 +21,15 @@ _meetings = count()
 
 @pytest.fixture
 def render(children, tmp_path):
-    """`render(world, "flux", recipe)`: each rank's picture and map of computed blocks."""
+    """`render(world, "flux", recipe, **size)`: each rank's picture and map of computed blocks."""
     running = []
 
-    def render(world, name, what):
+    def render(world, name, what, **size):
         answers = children.Queue()
         meeting = str(tmp_path / f"meeting-{next(_meetings)}")
         for rank in range(world):
             arguments = (rank, world, name, what, meeting, answers)
-            running.append(children.Process(target=split_in_child, args=arguments))
+            running.append(children.Process(target=split_in_child, args=arguments, kwargs=size))
             running[-1].start()
         try:
             found = [answers.get(timeout=PATIENCE_S) for _ in range(world)]
@@ -74,4 +76,17 @@ def test_split_tokens_alone_change_nothing(render, name):
     """What the others are measured by: diffusers' own part is right on the CPU."""
     ((picture, _),) = render(1, name, None)
     for theirs, _ in render(2, name, None):
+        assert np.abs(theirs - picture).max() < 1e-4
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_split_heads_are_sparse_like_the_unsplit_run(render, world):
+    """Each process has all tokens of some heads, and plans for these."""
+    size = {"height": 64, "width": 64}
+    limits = {"dense_steps": 0, "dense_layers": 0, "min_length": 0, "max_density": 1.0}
+    what = Recipe(sparse=Sparse(by_name("sparge", **SMALL["sparge"]), **limits), name="sparse")
+    ((dense, _),) = render(1, "wan", None, **size)
+    ((picture, _),) = render(1, "wan", what, **size)
+    assert np.abs(dense - picture).max() > 0.01
+    for theirs, _ in render(world, "wan", what, **size):
         assert np.abs(theirs - picture).max() < 1e-4

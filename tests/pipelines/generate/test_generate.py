@@ -1,6 +1,8 @@
 import json
 import os
+import re
 import resource
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -13,7 +15,9 @@ import blockcache
 from blockcache.errors import BlockCacheError
 from blockcache.pipelines import models
 from blockcache.pipelines.generate import claims, files, generate
+from blockcache.pipelines.generate import manifest as manifest_module
 from blockcache.pipelines.generate import run as run_module
+from blockcache.pipelines.generate.render import DeviceError
 from blockcache.pipelines.generate.settings import Config
 from generate_toys import Toy, flux, manifest, pictures
 
@@ -28,6 +32,7 @@ def toy(tmp_path):
         usual = {"plan": "none", "out": tmp_path / "out"}
         return list(generate(rows, pipe or Toy(), **{**usual, **settings}))
 
+    run.out = tmp_path / "out"
     return run
 
 
@@ -164,10 +169,58 @@ def test_videos_are_written_with_what_they_were_made_from(build_tiny, tmp_path):
     about = next(reader)
     assert about["fps"] == 8 and about["size"] == (32, 32) and len(list(reader)) == 9
     assert pictures(tmp_path / "a") == pictures(tmp_path / "b")
-    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-i", str(result.file), "-f", "ffmetadata", "-"]
-    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    assert '\\"fox\\"' in text.replace("\\\\", "\\") and "settings_hash" in text
+    assert comment_of(result.file)["prompt"] == rows[0]["prompt"]
     assert Image.open(tmp_path / "a" / "contact-sheet.png").size[0] > 400
+
+
+@pytest.fixture
+def film():
+    """A pipeline whose pictures are five frames of noise."""
+
+    class Film(Toy):
+        def __call__(self, prompt, num_frames=5, **rest):
+            return (np.stack([super().__call__(prompt, **rest)[0]] * num_frames, axis=1),)
+
+    return Film()
+
+
+def comment_of(path: Path) -> dict:
+    """What an mp4 says about itself, as ffmpeg reads it."""
+    imageio_ffmpeg = pytest.importorskip("imageio_ffmpeg")
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-i", str(path), "-f", "ffmetadata", "-"]
+    text = subprocess.run(command, capture_output=True, check=True).stdout.decode()
+    (line,) = (line for line in text.splitlines() if line.startswith("comment="))
+    return json.loads(re.sub(r"\\(.)", r"\1", line.removeprefix("comment=")))
+
+
+def test_a_video_tells_what_it_was_made_from_however_long(toy, film):
+    """64 KiB of emoji, thrice that as JSON, are more than fits on a command line."""
+    rows = [{"prompt": "🙂" * 16_000, "negative_prompt": 'a=b;c#d\\ "e"\n' * 900, "seed": 5}]
+    (result,) = toy(rows, film)
+    assert result.error == "" and result.file.name == "000000.mp4"
+    inside = comment_of(result.file)
+    assert inside.items() <= result.row.items()
+    assert inside["prompt"] == rows[0]["prompt"] and (inside["seed"], inside["plan"]) == (5, "none")
+    assert inside["settings"]["negative_prompt"] == rows[0]["negative_prompt"]
+    assert [path.name for path in result.file.parent.iterdir()] == ["000000.mp4"]
+
+
+def test_a_video_that_ffmpeg_could_not_write_is_not_done(toy, film, monkeypatch, tmp_path):
+    """It leaves half a file behind, and says so by its exit code only."""
+    imageio_ffmpeg = pytest.importorskip("imageio_ffmpeg")
+    with monkeypatch.context() as patch:
+        patch.setattr(imageio_ffmpeg, "get_ffmpeg_exe", lambda: "false")
+        (result,) = toy(["a"], film)
+    assert result.status == "failed" and "ffmpeg ended with 1" in result.error
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    try:
+        with pytest.raises(files.StorageError, match="the disk is full"):
+            toy(["a"], film)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert list((tmp_path / "out/items").iterdir()) == []
+    assert [r.status for r in toy(["a"], film)] == ["done"]
 
 
 def test_hostile_ids_and_prompts_stay_inside(toy, tmp_path):
@@ -276,6 +329,59 @@ def test_what_is_done_is_left_alone_until_its_settings_change(toy, tmp_path):
     assert [row["id"] for row in manifest(tmp_path / "out")] == list("abcde")
 
 
+def test_files_of_another_job_are_replaced_aloud(toy, tmp_path, caplog):
+    """Both number their rows from 0. Going back to the first job, its pictures are made again."""
+    toy(["a", "b", "c"])
+    first = pictures(tmp_path / "out")
+    assert caplog.messages == []
+    # The second one is killed when it has replaced one picture: its line is in a part.
+    results = generate(["x", "y"], Toy(), tmp_path / "out", plan="none")
+    next(results)
+    results.close()
+    assert caplog.messages == [run_module.REPLACED.format(2)]
+    assert pictures(tmp_path / "out") != first
+    assert [r.row["prompt"] for r in toy(["a", "b", "c"])] == ["a"]
+    assert pictures(tmp_path / "out") == first
+
+
+def test_an_old_line_does_not_speak_for_a_new_file(toy, tmp_path, monkeypatch):
+    """Killed between the rename and the line, the file is neither the old nor the new one's."""
+    toy(["a"])
+    append = manifest_module.Part.append
+
+    def fail_when_done(part, row):
+        if row["status"] == "done":
+            raise OSError(5, "stands for a kill")
+        append(part, row)
+
+    monkeypatch.setattr(manifest_module.Part, "append", fail_when_done)
+    with pytest.raises(files.StorageError):
+        toy(["b"])
+    monkeypatch.undo()
+    assert [r.row["prompt"] for r in toy(["a"])] == ["a"]
+
+
+def test_another_model_of_the_same_name_generates_anew(tmp_path):
+    """Checkpoints of one training are often folders of one name."""
+    given = {"prompts": ["a"], "out": tmp_path / "out"}
+    for name in ("1", "2"):
+        shutil.copytree(models.find("tiny-image").source, tmp_path / name / "checkpoint")
+    (weights,) = (tmp_path / "2" / "checkpoint" / "transformer").glob("*.safetensors")
+    content = bytearray(weights.read_bytes())
+    content[len(content) // 2 :] = bytes(len(content) // 2)
+    weights.write_bytes(content)
+    (tmp_path / "2" / "checkpoint" / "README.md").write_text("what is no part of the model")
+    jobs = [
+        run_module.Run(Config.of(model=str(tmp_path / name / "checkpoint"), **given)).job
+        for name in ("1", "2")
+    ]
+    first, second = (next(job.items()) for job in jobs)
+    assert first.hash != second.hash
+    (tmp_path / "2").rename(tmp_path / "moved")
+    moved = run_module.Run(Config.of(model=str(tmp_path / "moved/checkpoint"), **given)).job
+    assert next(moved.items()).hash == second.hash
+
+
 def test_a_changed_plan_file_generates_anew(alone, tmp_path):
     pipe, usual, rows, _ = alone
     file = tmp_path / "plan.json"
@@ -355,6 +461,29 @@ def test_other_errors_get_one_more_try_alone(toy):
     ]
 
 
+def test_a_dead_device_marks_nothing_as_failed(toy, tmp_path):
+    """Every further item would fail: one broken GPU must not use up the whole list."""
+    rows = [f"p{i}" for i in range(5)]
+    broken = Toy(fails={"p2": RuntimeError("CUDA error: an illegal memory access")})
+    with pytest.raises(DeviceError, match="illegal memory access; the device is of no more use"):
+        toy(rows, broken)
+    assert broken.calls == [["p0"], ["p1"], ["p2"]]
+    assert [r.row["prompt"] for r in toy(rows)] == ["p2", "p3", "p4"]
+    assert [row["status"] for row in manifest(tmp_path / "out")] == ["done"] * 5
+
+
+def test_a_stop_leaves_what_does_not_fit_the_batch(toy):
+    """The row that was looked at and is of another form is not rendered any more."""
+    pipe = Toy()
+    rows = [{"prompt": "a"}, {"prompt": "b", "width": 12}, {"prompt": "c", "width": 12}]
+    run = run_module.Run(
+        Config.of(prompts=rows, model=pipe, out=toy.out, plan="none", batch_size=2),
+        should_stop=lambda: len(pipe.calls) == 1,
+    )
+    assert [r.id for r in run.results()] == ["000000"]
+    assert [r.id for r in toy(rows)] == ["000001", "000002"]
+
+
 def test_pictures_of_nothing_are_failures(toy):
     class Broken(Toy):
         def __call__(self, prompt, **rest):
@@ -390,6 +519,18 @@ def test_a_full_disk_stops_the_run_and_loses_nothing(toy, tmp_path):
     assert pictures(tmp_path / "out") == pictures(tmp_path / "calm")
     assert [row["row"] for row in manifest(tmp_path / "out")] == list(range(30))
     assert not list((tmp_path / "out").rglob("*.partial*"))
+
+
+def test_the_last_item_meets_a_full_disk(toy, tmp_path):
+    """Rank 0 waited for it to be settled, for ever: it is its own."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (500, hard))
+    try:
+        with pytest.raises(files.StorageError, match="the disk is full"):
+            toy(["a"])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert list((tmp_path / "out/items").iterdir()) == []
 
 
 def test_places_that_cannot_be_written_to_are_refused(toy, tmp_path):

@@ -187,15 +187,40 @@ def test_kills_of_the_real_command_on_the_embedded_model(prompts, tmp_path, repo
     calm, out = tmp_path / "calm", tmp_path / "out"
     subprocess.run(command(prompts, calm), cwd=repository, check=True, capture_output=True)
     chance = random.Random(1)
-    kills = 0
-    while kills < 20:
-        process = subprocess.Popen(command(prompts, out), cwd=repository, stderr=subprocess.DEVNULL)
+    said = tmp_path / "said"
+    for _ in range(20):
+        with said.open("wb") as file:
+            process = subprocess.Popen(command(prompts, out), cwd=repository, stderr=file)
         wanted = finished(out) + chance.choice([0, 1, 2])
         while finished(out) < wanted and process.poll() is None:
             time.sleep(0.01)
         time.sleep(chance.uniform(0, 0.3))
         process.kill()
-        assert process.wait() == -signal.SIGKILL
-        kills += 1
+        assert process.wait() == -signal.SIGKILL, said.read_text()
     subprocess.run(command(prompts, out), cwd=repository, check=True, capture_output=True)
     check(out, calm)
+
+
+LAUNCHERS = {
+    "accelerate": (
+        *("accelerate.commands.accelerate_cli", "launch", "--multi_gpu", "--num_processes", "2"),
+        *("--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"),
+        *("--main_process_port", "0"),
+    ),
+    "torchrun": ("torch.distributed.run", "--standalone", "--nproc_per_node", "2"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_launchers_start_processes_that_share_the_work(launcher, prompts, tmp_path, repository):
+    """As the documentation says it; no process group is made, so no port but the launcher's."""
+    calm, out = tmp_path / "calm", tmp_path / "out"
+    subprocess.run(command(prompts, calm), cwd=repository, check=True, capture_output=True)
+    words = [sys.executable, "-m", *LAUNCHERS[launcher], "-m", "blockcache.pipelines.generate"]
+    words += command(prompts, out)[4:]
+    done = subprocess.run(words, cwd=repository, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[0] == f"{ITEMS} of {ITEMS} items done"
+    check(out, calm)
+    assert {row["rank"] for row in manifest(out)} == {0, 1}
