@@ -11,7 +11,6 @@ import logging
 from typing import Any
 
 import torch
-from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 
 from blockcache.pipelines import models
 from blockcache.pipelines.embedded import world_video
@@ -20,12 +19,14 @@ BLOCK = 64
 SHARES = (0.1, 0.25)
 
 
-class RecallProcessor(WanAttnProcessor):
-    """Wan attention that notes the recall of the best blocks: ``[layers, heads, shares]``."""
+class RecallProcessor:
+    """Wan attention that notes the recall of the best blocks: ``[layers, heads, shares]``.
 
-    def __init__(self, recalls: list[torch.Tensor]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.recalls = recalls
+    inner: diffusers' own, which does the work.
+    """
+
+    def __init__(self, recalls: list[torch.Tensor], inner: Any) -> None:
+        self.recalls, self.inner = recalls, inner
 
     def __call__(self, attn: Any, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """As diffusers' own."""
@@ -35,7 +36,7 @@ class RecallProcessor(WanAttnProcessor):
             for norm, linear in ((attn.norm_q, attn.to_q), (attn.norm_k, attn.to_k))
         )
         self.recalls.append(recall(query[0].transpose(0, 1), key[0].transpose(0, 1)))
-        return super().__call__(attn, hidden_states, *args, **kwargs)
+        return self.inner(attn, hidden_states, *args, **kwargs)
 
 
 def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -97,7 +98,8 @@ def main() -> None:
     console.print(f"self-attention takes {100 * share:.0f} % of a forward's time")
     recalls: list[torch.Tensor] = []
     for block in pipeline.transformer.blocks:
-        block.attn1.set_processor(RecallProcessor(recalls))
+        attention = block.attn1
+        attention.set_processor(RecallProcessor(recalls, attention.processor))
     # With guidance each step is two forwards; the first is with the caption.
     forwards = 2 if call.get("guidance_scale", 5.0) > 1 else 1
     looked = seen[:: forwards * args.every]
