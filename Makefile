@@ -1,4 +1,4 @@
-# `make compare` shows what blockcache does; `make test` is the suite. Everything runs from .venv.
+# `make compare` shows what blockcache does, `make demo` on a page; `make test` is the suite. Everything runs from .venv.
 
 SHELL := /bin/bash
 VENV := .venv
@@ -13,11 +13,15 @@ SUITABLE := import sys, venv, ensurepip; sys.exit(not (3, 10) <= sys.version_inf
 PYTHON ?= $(shell for python in $(CANDIDATES); do \
 	"$$python" -c '$(SUITABLE)' >/dev/null 2>&1 && { echo "$$python"; break; }; done)
 
-.PHONY: compare test lint format typecheck lock clean
+.PHONY: compare demo test lint format typecheck lock clean
 
 # Renders with and without the cache on the embedded model and writes pictures, plots and a table.
 compare: $(STAMP)
 	$(BIN)/blockcache compare --model tiny-image
+
+# Opens the page that shows speed and quality side by side. ARGS='--browse outputs' for example.
+demo: $(STAMP)
+	$(BIN)/blockcache demo $(ARGS)
 
 # One thread for each process: the tensors are tiny, and results do not depend on the machine.
 # ARGS are pytest's: make test ARGS='-m "not slow" tests/engine'

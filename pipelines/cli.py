@@ -18,6 +18,7 @@ from blockcache.pipelines.options import bar, common_options, debug_option, load
 FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
 # Commands with files of their own, loaded when they are asked for.
 _ELSEWHERE = {
+    "demo": "blockcache.demo.app",
     "generate": "blockcache.pipelines.generate.cli",
     "report": "blockcache.pipelines.report_cli",
     "trace": "blockcache.pipelines.trace_cli",

@@ -4,6 +4,7 @@ import contextlib
 import functools
 import importlib.util
 import os
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from torch import Tensor
 BACKENDS = ("torch", "triton")
 
 # What scaled_dot_product_attention runs on a CPU; called by name it returns the LSE as well.
-CPU_FLASH = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
+CPU_FLASH: Any = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
 
 
 @functools.cache
