@@ -71,7 +71,13 @@ SWEEPS: dict[str, tuple[str, tuple[Any, ...], dict[str, Any]]] = {
     ),
     "xattention": ("tau", (0.9, 0.7, 0.5), {"block": 64}),
 }
-_BUDGETS, _TOGETHER, _STEPS = (0.7, 0.5, 0.35), ((0.7, 0.2), (0.5, 0.2), (0.5, 0.1)), (20, 14, 10)
+# What this model's heads look at lies in patches of one frame, and there means stand in badly.
+_PATCHES = {"cube": (1, 8, 8), "centroids": False}
+_TOGETHER = (
+    ("adaspa", by_name("adaspa", density=0.3)),
+    ("patches", by_name("cubes", density=0.3, **_PATCHES)),
+)
+_BUDGETS, _STEPS = (0.7, 0.5, 0.35), (20, 14, 10)
 
 
 @dataclass(frozen=True)
@@ -108,13 +114,18 @@ def all_ways() -> list[Way]:
             rule = Sparse(by_name(name, **settings, **{knob: value}), dense_steps=DENSE_STEPS)
             setting = f"{knob}={_shown(value)}"
             ways.append(Way("sparse", name, setting, Recipe(name=name, sparse=rule)))
+    for density in (0.3, 0.2):
+        rule = Sparse(by_name("cubes", density=density, **_PATCHES), dense_steps=DENSE_STEPS)
+        recipe = Recipe(name="patches", sparse=rule)
+        ways.append(Way("sparse", "patches", f"density={density}", recipe))
     for budget in _BUDGETS:
         ways.append(Way("caching", "geometric", f"budget={budget}", recipes.geometric(budget)))
-    for budget, density in _TOGETHER:
-        rule = Sparse(by_name("cubes", density=density), dense_steps=DENSE_STEPS)
-        recipe = replace(recipes.geometric(budget), name="geometric + cubes", sparse=rule)
-        setting = f"budget={budget}, density={density}"
-        ways.append(Way("both", "geometric + cubes", setting, recipe))
+    for name, planner in _TOGETHER:
+        for budget in _BUDGETS:
+            rule = Sparse(planner, dense_steps=DENSE_STEPS)
+            recipe = replace(recipes.geometric(budget), name=f"geometric + {name}", sparse=rule)
+            setting = f"budget={budget}, density=0.3"
+            ways.append(Way("both", recipe.name, setting, recipe))
     for steps in _STEPS:
         ways.append(Way("fewer steps", "fewer steps", f"{steps}", steps=steps))
     return ways
@@ -243,7 +254,10 @@ def draw(points: Sequence[dict[str, Any]], file: Path) -> None:
     figure, panels = pyplot.subplots(1, 2, figsize=(14, 6.5), sharex=True)
     styles = {"sparse": "-", "caching": "-.", "both": "-", "fewer steps": "--"}
     thick = {"caching": 2.0, "both": 2.5, "fewer steps": 2.0}
-    own = {"geometric": "#d55e00", "geometric + cubes": "#000000", "fewer steps": "#777777"}
+    own = {
+        "geometric": "#d55e00", "geometric + adaspa": "#000000", "geometric + patches": "#0b4f8a",
+        "fewer steps": "#777777",
+    }  # fmt: skip
     methods = list(dict.fromkeys(p["method"] for p in points))
     for panel, which in zip(panels, ("median", "worst"), strict=True):
         for i, method in enumerate(methods):
@@ -299,8 +313,9 @@ def load(file: Path, common: dict[str, Any]) -> dict[str, Any]:
         raise click.ClickException(
             f"{file} has figures of another {', '.join(differing)}; move it away, or give --json"
         )
-    ways: dict[str, Any] = data["ways"]
-    return ways
+    current = {way.key for way in all_ways()}
+    # A way that is not measured any more leaves the table.
+    return {key: entry for key, entry in data["ways"].items() if key in current}
 
 
 def save(file: Path, common: dict[str, Any], ways: dict[str, Any]) -> list[dict[str, Any]]:

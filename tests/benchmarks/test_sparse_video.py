@@ -10,6 +10,7 @@ from benchmarks.sparse_video import Way
 from blockcache.sparse import names
 
 WAYS = [Way("sparse", "cubes", f"density={n}") for n in range(6)]
+KNOWN = next(way for way in sparse_video.all_ways() if way.method == "cubes")
 ITEMS = [("a", 0), ("b", 1)]
 
 
@@ -26,7 +27,7 @@ def entry(*items, way=WAYS[0]):
 
 def test_every_planner_is_swept_and_every_way_has_a_name_of_its_own():
     ways = sparse_video.all_ways()
-    assert {way.method for way in ways if way.kind == "sparse"} == set(names())
+    assert {way.method for way in ways if way.kind == "sparse"} == {*names(), "patches"}
     assert len({way.key for way in ways}) == len(ways)
     kinds = ("sparse", "caching", "both", "fewer steps")
     assert tuple(dict.fromkeys(way.kind for way in ways)) == kinds
@@ -66,10 +67,10 @@ COMMON = {"model": "m", "weights": "0", "call": {"num_inference_steps": 28}, "de
 
 def test_figures_are_found_again_and_only_with_the_same_setup(tmp_path):
     file = tmp_path / "deep" / "found.json"
-    ways = {WAYS[0].key: entry(figures())}
+    ways = {KNOWN.key: entry(figures(), way=KNOWN)}
     assert sparse_video.load(file, COMMON) == {}
-    points = sparse_video.save(file, COMMON, ways)
-    assert [p["method"] for p in points] == ["cubes"]
+    points = sparse_video.save(file, COMMON, ways | {"given up": entry(figures())})
+    assert [p["method"] for p in points] == ["cubes", "cubes"]
     assert sparse_video.load(file, COMMON) == ways
     assert "28 steps of which the first 10%" in json.loads(file.read_text())["markdown"]
     with pytest.raises(click.ClickException, match="figures of another weights"):

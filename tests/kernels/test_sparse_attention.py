@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from blockcache.kernels.dense_attention import dense_attention
 from blockcache.kernels.sparse_attention import (
     Centroids,
     SparsePlan,
@@ -220,6 +221,19 @@ def test_addresses_beyond_two_to_the_31():
     plan = random_plan(1, 1, 65, 65, sizes=(64, 64), density=1.0)
     result = sparse_attention(q, k, v, plan, return_lse=True)
     check_attention(result, *(t.contiguous() for t in (q, k, v)), plan)
+
+
+@pytest.mark.parametrize("lengths", [None, torch.tensor([50, 0])])
+def test_dense_attention_written_out_is_torch_s_own(lengths, monkeypatch):
+    """What is done where torch has no attention that returns its LSE."""
+    q, k, v = qkv(2, 3, 40, 70, 16)
+    own = dense_attention(q, k, v, return_lse=True, key_lengths=lengths)
+    monkeypatch.setattr("blockcache.kernels.dense_attention.reference.CPU_FLASH", None)
+    written = dense_attention(q, k, v, return_lse=True, key_lengths=lengths)
+    assert (own[0] - written[0]).abs().max() < 1e-6
+    assert torch.equal(own[1] == -torch.inf, written[1] == -torch.inf)
+    finite = written[1] > -torch.inf
+    assert finite.any() and (own[1] - written[1])[finite].abs().max() < 1e-5
 
 
 def test_without_lse_attention_is_written_out_on_request(monkeypatch):
