@@ -24,6 +24,7 @@ from torch.overrides import TorchFunctionMode
 from blockcache.engine.attention_stats import AttentionStats
 from blockcache.engine.blocks import Blocks
 from blockcache.engine.geometry import Arrangement, Named, arrange
+from blockcache.engine.groups import gathered_order, group_of
 from blockcache.engine.padding import Paddings
 from blockcache.errors import PlanError
 from blockcache.plan.geometry import Geometry
@@ -278,17 +279,20 @@ class _Door(TorchFunctionMode):
         dropout_p: float = 0.0, is_causal: bool = False, scale: float | None = None,
         enable_gqa: bool = False,
     ) -> Tensor | None:  # fmt: skip
-        order, self._order = self._order, self._order + 1
-        geometry = self._forward.geometry(query, key, order)
+        number, self._order = self._order, self._order + 1
+        geometry = self._forward.geometry(query, key, number)
         if geometry is None:
             return None
         run, step = self._forward.run, self._forward.step
-        site = self._forward.kept.sites.setdefault((self._index, order), Site())
+        site = self._forward.kept.sites.setdefault((self._index, number), Site())
         try:
             query, key, value = _as_cast(query, key, value)
             _check_options(query, key, value, dropout_p, is_causal)
             _check_length(query, run.rule)
+            order = gathered_order(geometry, group_of(self._forward.run.denoiser))
             if attn_mask is not None:
+                if order is not None:
+                    raise PlanError("a mask over text and video that several processes share")
                 lengths = self._forward.kept.paddings.lengths(attn_mask, geometry)
                 geometry = replace(geometry, valid=lengths)
             if step.index < site.resting_until:
@@ -298,7 +302,12 @@ class _Door(TorchFunctionMode):
             backend = None if run.rule.backend == "auto" else run.rule.backend
             layers = len(run.blocks)
             context = Context(step, self._index, layers, scale, backend, run.rule.refreshes(step))
-            return self._forward.attention(site, geometry, context, (query, key, value))
+            if order is None:
+                return self._forward.attention(site, geometry, context, (query, key, value))
+            order = order.to(query.device)
+            qkv = (query[:, :, order], key[:, :, order], value[:, :, order])
+            output = self._forward.attention(site, geometry, context, qkv)
+            return None if output is None else output[:, :, order.argsort()]
         except PlanError as error:
             run.keep_dense(str(error))
             return None

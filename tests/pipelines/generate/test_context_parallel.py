@@ -79,14 +79,15 @@ def test_split_tokens_alone_change_nothing(render, name):
         assert np.abs(theirs - picture).max() < 1e-4
 
 
+@pytest.mark.parametrize("name", ["wan", "flux"])
 @pytest.mark.parametrize("world", [2, 4])
-def test_split_heads_are_sparse_like_the_unsplit_run(render, world):
+def test_split_heads_are_sparse_like_the_unsplit_run(render, world, name):
     """Each process has all tokens of some heads, and plans for these."""
     size = {"height": 64, "width": 64}
     limits = {"dense_steps": 0, "dense_layers": 0, "min_length": 0, "max_density": 1.0}
     what = Recipe(sparse=Sparse(by_name("sparge", **SMALL["sparge"]), **limits), name="sparse")
-    ((dense, _),) = render(1, "wan", None, **size)
-    ((picture, _),) = render(1, "wan", what, **size)
+    ((dense, _),) = render(1, name, None, **size)
+    ((picture, _),) = render(1, name, what, **size)
     assert np.abs(dense - picture).max() > 0.01
-    for theirs, _ in render(world, "wan", what, **size):
+    for theirs, _ in render(world, name, what, **size):
         assert np.abs(theirs - picture).max() < 1e-4
