@@ -82,6 +82,14 @@
     }
   };
 
+  // Gradio decides which tabs fit before the page has its widths; a resize has it look again.
+  let isSettled = false;
+  const settle = () => {
+    if (isSettled || !document.querySelector("#bc-tabs button")) return;
+    isSettled = true;
+    setTimeout(() => dispatchEvent(new Event("resize")), 400);
+  };
+
   // ---- numbers on hovering and on focus
 
   const tip = document.createElement("div");
@@ -109,7 +117,8 @@
   const begin = () => {
     hide();
     document.body.append(tip);
-    new MutationObserver(follow).observe(document.body, { childList: true, subtree: true });
+    const changed = () => { follow(); settle(); };
+    new MutationObserver(changed).observe(document.body, { childList: true, subtree: true });
   };
   if (document.body) begin();
   else document.addEventListener("DOMContentLoaded", begin);
