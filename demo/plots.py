@@ -144,7 +144,7 @@ def parts(story: Story) -> str:
     """Where the seconds went, uncached above and accelerated below."""
     totals = [sum(pair[side] for pair in story.parts.values()) for side in (0, 1)]
     most = max(*totals, 1e-9)
-    plot = _Plot(1, 104, left=92)
+    plot = _Plot(1, 104, left=108)
     for side, label in enumerate(("uncached", "accelerated")):
         x, y = float(plot.left), _TOP + side * 54
         plot.text(plot.left - 8, y + 23, label, "end")
@@ -287,7 +287,7 @@ class _Plot:
         if y:
             self.add(
                 f'<text transform="translate(13 {middle:.0f}) rotate(-90)" text-anchor="middle" '
-                f'class="bc-axis">{escape(y)}</text>'
+                f'class="bc-axis bc-upright">{escape(y)}</text>'
             )
 
     def svg(self, words: str, is_group: bool = False) -> str:

@@ -14,6 +14,9 @@ from blockcache.plan import Gate, MaskTable, Plan, Recipe, Rule
 COMPUTED, REUSED, PREDICTED, PARTLY = range(4)
 """What happened to a block in a step. Partly: it was computed, and some sub-layers were reused."""
 
+_FEWEST_PACED = 3
+_EVEN_PACE = 1.3
+
 KINDS = ("computed", "reused", "predicted", "sub-layers reused")
 
 
@@ -80,7 +83,7 @@ def tell(
         errors_db=tuple(distances_db(fast, plain)),
         parts=_parts(plain, fast, computed),
         step_ms=(_milliseconds(plain), _milliseconds(fast)),
-        remarks=remarks,
+        remarks=remarks + _pace(plain, fast, computed),
     )
 
 
@@ -126,6 +129,25 @@ def _seen_by(
         if step < len(computed) and computed[step]:
             total = 0.0
     return tuple(seen)
+
+
+def _pace(plain: Side, fast: Side, computed: list[bool]) -> tuple[str, ...]:
+    """Whether the machine was as fast in both runs, by the steps that did the same work."""
+    pairs = [
+        (ours.denoiser_s, theirs.denoiser_s)
+        for ours, theirs, is_computed in zip(fast.steps, plain.steps, computed, strict=False)
+        if is_computed and ours.denoiser_s > 0
+    ]
+    if len(pairs) < _FEWEST_PACED:
+        return ()
+    times = statistics.median(theirs / ours for ours, theirs in pairs)
+    if 1 / _EVEN_PACE <= times <= _EVEN_PACE:
+        return ()
+    pace = f"{times:.1f} times faster" if times > 1 else f"{1 / times:.1f} times slower"
+    return (
+        f"the machine was {pace} in the cached run than in the uncached one, so do not trust this "
+        "speed-up; measure the uncached run anew",
+    )
 
 
 def _milliseconds(side: Side) -> tuple[float, ...]:

@@ -11,6 +11,7 @@ from PIL import Image
 import blockcache
 from blockcache.demo import browse, media, panels, plots, settings, shelf, story
 from blockcache.demo.settings import Limits, Settings, from_query, to_query
+from blockcache.demo.watch import Side, StepTime
 from blockcache.errors import BlockCacheError, PlanError
 from blockcache.plan import Every, Recipe, Rule, Site, Taylor
 from blockcache.tuning.quality import Scores
@@ -97,6 +98,23 @@ def test_a_gate_that_adds_up_starts_again_when_it_computes():
     seen = story._seen_by(gate, measured, [True, False, False, True, False])
     expected = [0.02, 0.04, 0.06, 0.01] if gate.accumulate else [0.02, 0.02, 0.02, 0.01]
     assert [value for _, value in seen] == pytest.approx(expected)
+
+
+def side(denoiser_s):
+    steps = tuple(StepTime(s + 0.01, s) for s in denoiser_s)
+    return Side(np.zeros((8, 8, 3)), 1.0, 0.0, 0.0, steps, (), (None,) * len(steps))
+
+
+def test_a_machine_that_changed_its_pace_is_told():
+    """A busy moment in the uncached run once gave a speed-up of 27."""
+    computed = [True, True, True, False, True]
+    plain = side([0.5, 0.5, 0.5, 0.5, 0.5])
+    assert story._pace(plain, side([0.5, 0.6, 0.4, 0.0, 0.5]), computed) == ()
+    (faster,) = story._pace(plain, side([0.1, 0.1, 0.2, 0.5, 0.1]), computed)
+    assert faster.startswith("the machine was 5.0 times faster in the cached run")
+    (slower,) = story._pace(plain, side([1.0, 1.0, 1.0, 0.0, 1.0]), computed)
+    assert "2.0 times slower" in slower
+    assert story._pace(plain, side([0.1, 0.1, 0.1, 0.1, 0.1]), [True, False] * 2) == ()
 
 
 def test_the_front():

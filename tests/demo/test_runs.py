@@ -84,7 +84,8 @@ def test_kept_runs_make_room(shop, visit, compare, monkeypatch):
 
 def test_what_the_engine_says_is_passed_on(visit, compare):
     pair = compare(visit, way="recipe", what="first_block", knobs="threshold=0.0001")
-    (remark,) = pair.story.remarks
+    # A busy machine may be remarked on as well.
+    remark = pair.story.remarks[0]
     assert "reused nothing" in remark and "would have reused about 30 %" in remark
     assert pair.scores.is_identical and pair.shot.is_same
     assert media.read(visit.folder / pair.id / pair.shot.files["difference"]).max() == 0
