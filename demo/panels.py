@@ -118,7 +118,7 @@ def result(pair: Pair | None, link: Link) -> str:
     query = escape(to_query(pair.settings, pair.plan), quote=True)
     return (
         f'<section class="bc-result" data-query="{query}"><p class="bc-verdict">'
-        f"<b>{_speed(pair.speedup)}</b> {escape(likeness(pair.scores))}</p>"
+        f"<b>{_speed(pair.speedup)}</b> {escape(likeness(pair.scores, is_video=pair.shot.is_video))}</p>"
         f"{both(pair.shot, pair.name, pair.settings.prompt, link_within(link, pair), _said(pair))}"
         f"{_numbers(pair)}{_downloads(pair, link)}</section>"
     )
@@ -217,18 +217,19 @@ def _speed(times: float) -> str:
     )
 
 
-def likeness(scores: Scores) -> str:
+def likeness(scores: Scores, *, is_video: bool = False) -> str:
     """The decibels in words."""
+    what = "video" if is_video else "picture"
     if scores.is_identical:
-        return "The pictures are identical."
+        return f"The {what}s are identical."
     for least, words in (
-        (40, "The pictures can hardly be told apart."),
+        (40, f"The {what}s can hardly be told apart."),
         (32, "Small differences, if one looks for them."),
         (25, "Visible differences."),
     ):
         if scores.psnr_db >= least:
             return words
-    return "It has become another picture."
+    return f"It has become another {what}."
 
 
 def decibels(scores: Scores) -> str:

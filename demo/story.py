@@ -145,7 +145,7 @@ def _pace(plain: Side, fast: Side, computed: list[bool]) -> tuple[str, ...]:
         return ()
     pace = f"{times:.1f} times faster" if times > 1 else f"{1 / times:.1f} times slower"
     return (
-        f"the machine was {pace} in the cached run than in the uncached one, so do not trust this "
+        f"The machine was {pace} in the cached run than in the uncached one, so do not trust this "
         "speed-up; measure the uncached run anew",
     )
 

@@ -111,7 +111,7 @@ def test_a_machine_that_changed_its_pace_is_told():
     plain = side([0.5, 0.5, 0.5, 0.5, 0.5])
     assert story._pace(plain, side([0.5, 0.6, 0.4, 0.0, 0.5]), computed) == ()
     (faster,) = story._pace(plain, side([0.1, 0.1, 0.2, 0.5, 0.1]), computed)
-    assert faster.startswith("the machine was 5.0 times faster in the cached run")
+    assert faster.startswith("The machine was 5.0 times faster in the cached run")
     (slower,) = story._pace(plain, side([1.0, 1.0, 1.0, 0.0, 1.0]), computed)
     assert "2.0 times slower" in slower
     assert story._pace(plain, side([0.1, 0.1, 0.1, 0.1, 0.1]), [True, False] * 2) == ()
@@ -130,7 +130,9 @@ def test_ticks_are_round():
 
 def test_words_for_decibels():
     assert panels.likeness(Scores(100.0, 1.0, None)) == "The pictures are identical."
-    assert panels.likeness(Scores(19.0, 0.5, None)) == "It has become another picture."
+    far = Scores(19.0, 0.5, None)
+    assert panels.likeness(far) == "It has become another picture."
+    assert panels.likeness(far, is_video=True) == "It has become another video."
 
 
 # ---- pictures -----------------------------------------------------------------------------------

@@ -246,7 +246,8 @@ def test_dense_attention_with_lse_and_lengths(dtype):
     want = weights_of(q[:1], k[:1, :41]) @ v[:1, :41].transpose(1, 2).double()
     assert rms(output[:1], want.transpose(1, 2)) <= {torch.float32: 1e-6}.get(dtype, 1e-2)
     scores = q[:1].transpose(1, 2).double() @ k[:1, :41].permute(0, 2, 3, 1).double() * 24**-0.5
-    assert rms(lse[:1], scores.logsumexp(-1)) <= 1e-6
+    # Halves: how the products of q and k are summed is the processor's choice.
+    assert rms(lse[:1], scores.logsumexp(-1)) <= {torch.float32: 1e-6}.get(dtype, 1e-5)
     assert (output[1] == 0).all()
     assert (lse[1] == -torch.inf).all()
     assert (
