@@ -7,6 +7,7 @@ object which the next block receives names its stream. Nothing relies on class n
 
 import ast
 import functools
+import functools
 import inspect
 import textwrap
 import weakref
@@ -291,7 +292,8 @@ class Watch:
                 yield other.links
 
     def _written_names(self, call: _Call) -> dict[Path, str]:
-        written = _returned_names(type(self._blocks[call.index].module))
+        forward = type(self._blocks[call.index].module).forward
+        written = _returned_names(forward)
         paths = [path for path, _ in leaves(call.form)]
         if len(written) != len(paths):
             return {}
@@ -335,10 +337,11 @@ def _nest_alike(a: Any, b: Any) -> bool:
     return not isinstance(a, (tuple, list)) and not isinstance(b, (tuple, list))
 
 
-def _returned_names(cls: type) -> list[str]:
-    """Names in the last `return a, b` of the class's forward; empty if it returns expressions."""
+@functools.lru_cache(maxsize=256)
+def _returned_names(forward: Callable[..., Any]) -> list[str]:
+    """Names in the last `return a, b` of a forward's source; empty if it returns expressions."""
     try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(cls.forward)))  # type: ignore[attr-defined]
+        tree = ast.parse(textwrap.dedent(inspect.getsource(forward)))
     except (OSError, TypeError, SyntaxError):
         return []
     returns = [node.value for node in ast.walk(tree) if isinstance(node, ast.Return)]
