@@ -122,4 +122,5 @@ def _words(rule: Rule) -> str:
     policy = "" if isinstance(rule.policy, MaskTable) else f"{rule.policy}, "
     guards = "".join(f", {guard}" for guard in rule.guards)
     call = "" if rule.branch is None else f" of branch {rule.branch}"
-    return f"{where}{call}: {policy}{rule.payload} by {rule.predictor}{guards}"
+    corrector = "" if rule.corrector is None else f", corrected by {rule.corrector}"
+    return f"{where}{call}: {policy}{rule.payload} by {rule.predictor}{corrector}{guards}"

@@ -174,7 +174,7 @@ class Branch:
         inside = [i for i in self._wired.called if lo <= i < hi]
         if not inside:
             return None
-        history: deque[Anchor] = deque(maxlen=rule.predictor.depth)
+        history: deque[Anchor] = deque(maxlen=rule.depth)
         keeps = any(i == inside[-1] for i, _ in self._wired.skips)
         return Unit(number, row, rows, inside[0], inside[-1], keeps, history)
 
@@ -204,9 +204,8 @@ class Branch:
                 refused.append(f"{rule.site.scope}: {why}")
             else:
                 calls.append(s.number)
-        depth = rule.predictor.depth
         self.cells += [
-            Cell(number, row, len(calls), part, deque(maxlen=depth))
+            Cell(number, row, len(calls), part, deque(maxlen=rule.depth))
             for row, part in enumerate(calls)
         ]
         return refused
@@ -395,6 +394,23 @@ class Branch:
             history = [anchor[name] for anchor in anchors]
             values[name] = self._combined(rule, cell, name, at, history, weights, base)
         return cell.built(values)
+
+    def corrected_cell(self, cell: Cell, at: Step, gap: Sequence[Step], output: Any) -> Any:
+        """A computed output that makes good what the prediction did wrong in the steps of `gap`."""
+        rule = self.recipe.rules[cell.rule]
+        if rule.corrector is None or len(gap) != cell.streak:
+            return output
+        weights = rule.corrector.weights(at, gap, cell.steps, rule.predictor)
+        if weights is None:
+            return output
+        older = [values for _, values in cell.history]
+        fresh = cell.values(rule, None, output)
+        return cell.built(
+            {
+                name: linear_combine([y, *(o[name] for o in older)], weights)
+                for name, y in fresh.items()
+            }
+        )
 
     def _combined(
         self,

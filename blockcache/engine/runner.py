@@ -89,9 +89,10 @@ class Runner:
             return output
         if forward.is_rejected:
             return self._again(forward, inner, args, kwargs)
+        corrected = self._corrected(forward, output)
         if not self._end(forward, output):
             return inner(*args, **kwargs)
-        return output
+        return corrected
 
     @contextmanager
     def _under_way(self, forward: Forward | None) -> Iterator[None]:
@@ -121,6 +122,16 @@ class Runner:
         forward.is_whole = True
         forward.called, forward.reused = list(branch.called), frozenset()
         return branch.predict_cell(cell, forward.step, forward.latents)
+
+    def _corrected(self, forward: Forward, output: Any) -> Any:
+        """The denoiser's computed output, with what its rule has to make good."""
+        branch, run = forward.branch, self._local.run
+        cells = () if forward.is_whole or forward.watch else branch.cells_of(None)
+        for cell in (branch.cells[number] for number in cells):
+            if cell.history:
+                gap = run.steps[cell.steps[0].index + 1 : forward.step.index]
+                return branch.corrected_cell(cell, forward.step, gap, output)
+        return output
 
     def _again(
         self, forward: Forward, inner: Call, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -281,6 +292,9 @@ class Runner:
         total = len(run.steps)
         if self._tracker.scheduled < _FEW_STEPS and self.recipe.rules:
             self.say(f"a run of {total} steps leaves little to reuse; expect loss without gain")
+        if any(rule.corrector for rule in self.recipe.rules) and run.steps[0].stride is None:
+            sampler = type(scheduler).__name__
+            self.say(f"the corrector is left out: it needs a plain Euler sampler, not {sampler}")
         for rule in self.recipe.rules:
             if isinstance(rule.policy, MaskTable) and not rule.policy.fits(run.steps):
                 how = "noise level" if rule.policy.sigmas else "share of the run"
@@ -533,7 +547,7 @@ class Runner:
                 return True
             # A layer over it may be reused at a step that it would be computed in.
             computed_since += not branch.is_layered or self._is_full(run, branch, index)
-            if computed_since >= rule.predictor.depth:
+            if computed_since >= rule.depth:
                 return False
         return False
 
@@ -546,11 +560,13 @@ class Runner:
         )
 
     def _release_spent(self, run: Run, branch: Branch, step: Step) -> None:
-        """Forget what no later step reuses: a site whose part of the run is over."""
+        """Forget what no later step reuses, nor corrects: a site whose part of the run is over."""
         for part in branch.reusables:
-            is_static = isinstance(self.recipe.rules[part.rule].policy, StaticPolicy)
-            if is_static and all(self._schedule(run, part)[part.row][step.index + 1 :]):
-                part.history.clear()
+            rule = self.recipe.rules[part.rule]
+            is_open = rule.corrector is not None and part.streak > 0
+            if isinstance(rule.policy, StaticPolicy) and not is_open:
+                if all(self._schedule(run, part)[part.row][step.index + 1 :]):
+                    part.history.clear()
 
     def _watched(
         self,

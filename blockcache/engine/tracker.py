@@ -88,7 +88,10 @@ class Tracker:
         self._first = min(_start_index(scheduler, timestep, position), len(levels) - 1)
         # Image-to-image enters late: its run is what is left of the schedule.
         rest = levels[self._first :]
-        self.steps = steps_from_sigmas(rest, _times(scheduler)[self._first :])
+        times, strides = _times(scheduler), _strides(scheduler)
+        self.steps = steps_from_sigmas(
+            rest, times[self._first :], strides and strides[self._first :]
+        )
         self._index = self._call = 0
 
     def _advance(self, position: Any) -> None:
@@ -139,6 +142,19 @@ def _times(scheduler: Any) -> list[float]:
     config = getattr(scheduler, "config", {})
     longest = float(config.get("num_train_timesteps", None) or 1000)
     return [min(t / longest, 1.0) for t in _floats(scheduler.timesteps)]
+
+
+def _strides(scheduler: Any) -> list[float] | None:
+    """What each step multiplies the model's output by, where the sampler is a plain Euler."""
+    kind, config = type(scheduler).__name__, getattr(scheduler, "config", {})
+    is_euler = (
+        kind == "FlowMatchEulerDiscreteScheduler" and not config.get("stochastic_sampling")
+    ) or (kind == "EulerDiscreteScheduler" and config.get("prediction_type") == "epsilon")
+    if not is_euler:
+        return None
+    levels = _floats(scheduler.sigmas)
+    falls = [after - before for before, after in zip(levels, levels[1:], strict=False)]
+    return falls if len(falls) == len(scheduler.timesteps) else None
 
 
 def _floats(values: Any) -> list[float]:

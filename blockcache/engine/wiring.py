@@ -7,7 +7,6 @@ object which the next block receives names its stream. Nothing relies on class n
 
 import ast
 import functools
-import functools
 import inspect
 import textwrap
 import weakref

@@ -1,5 +1,6 @@
 """The language of plans. Host-only: numbers in, decisions out; no tensor, module or pipeline."""
 
+from blockcache.plan.correctors import Corrector
 from blockcache.plan.forecasts import (
     BackwardDifference,
     ChannelTable,
@@ -37,6 +38,7 @@ __all__ = [
     "Codebook",
     "Cooldown",
     "Copy",
+    "Corrector",
     "Damped",
     "Every",
     "Fingerprint",

@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Literal
 
-from blockcache.plan.forecasts import ProbeRatio
+from blockcache.plan.correctors import Corrector
+from blockcache.plan.forecasts import ProbeRatio, ScaleShift
 from blockcache.plan.guards import Guard
 from blockcache.plan.policies import (
     Codebook,
@@ -37,7 +38,8 @@ class Rule:
     "output" stores the output, and the fresh input has no influence. What a sub-layer puts out is
     stored before the block scales it (un-gated) and is its output in any case. branch: the one
     denoiser call of a step that the rule is for (0 the first, 1 the second, which under guidance
-    usually is the unconditional one); None for all of them.
+    usually is the unconditional one); None for all of them. corrector: what a computed step makes
+    good; it does nothing where the sampler is no Euler.
     """
 
     site: Site
@@ -46,12 +48,15 @@ class Rule:
     guards: tuple[Guard, ...] = ()
     payload: Payload = "residual"
     branch: Count | None = None
+    corrector: Corrector | None = None
 
     def __post_init__(self) -> None:
         """Refuse combinations that have no meaning."""
         policy, scope = self.policy, self.site.scope
         if self.branch is not None and not isinstance(policy, StaticPolicy):
             raise ValueError("a rule for one branch needs a static policy")
+        if self.corrector is not None:
+            self._check_corrector()
         if isinstance(policy, Gate):
             self._check_gate(policy)
         elif isinstance(self.predictor, ProbeRatio):
@@ -71,6 +76,19 @@ class Rule:
             raise ValueError("ProbeRatio needs the signal 'first_block' or 'probe'")
         if gate.batch == "sample" and (self.predictor.depth != 1 or scope == "model"):
             raise ValueError("batch='sample' needs the predictor Copy and blocks as the site")
+
+    def _check_corrector(self) -> None:
+        if self.site.scope != "model" or self.payload != "output":
+            raise ValueError("a corrector needs the site 'model' and the payload 'output'")
+        if isinstance(self.predictor, (ProbeRatio, ScaleShift)):
+            raise ValueError(
+                f"a corrector cannot follow {type(self.predictor).__name__}, only plain weights"
+            )
+
+    @property
+    def depth(self) -> int:
+        """How many computed steps are kept."""
+        return max(self.predictor.depth, self.corrector.depth if self.corrector else 0)
 
     def is_for(self, branch: int) -> bool:
         """Whether it is about this denoiser call of every step."""

@@ -11,13 +11,15 @@ class Step:
     index: 0-based position in the run. total: steps of the run. sigma: the sampler's noise level
     or, where it has none, its timestep; only differences and order matter. time: the timestep as a
     share of the longest one, 1 for pure noise down to 0; published windows are given in it (times
-    1000). None where nobody knows it; steps then count as evenly spaced.
+    1000). None where nobody knows it; steps then count as evenly spaced. stride: what an Euler
+    sampler multiplies the model's output by, the change of the noise level; None for others.
     """
 
     index: int
     total: int
     sigma: float
     time: float | None = None
+    stride: float | None = None
 
     @property
     def share(self) -> float:
@@ -31,12 +33,15 @@ class Step:
 
 
 def steps_from_sigmas(
-    sigmas: Sequence[float], times: Sequence[float] | None = None
+    sigmas: Sequence[float],
+    times: Sequence[float] | None = None,
+    strides: Sequence[float] | None = None,
 ) -> tuple[Step, ...]:
-    """The steps of a run that visits `sigmas` in this order; times as in `Step`."""
+    """The steps of a run that visits `sigmas` in this order; times and strides as in `Step`."""
     total = len(sigmas)
-    shares: Sequence[float | None] = [None] * total if times is None else times
-    return tuple(Step(i, total, float(sigmas[i]), shares[i]) for i in range(total))
+    unknown: Sequence[float | None] = [None] * total
+    columns = zip(sigmas, times or unknown, strides or unknown, strict=True)
+    return tuple(Step(i, total, float(s), t, d) for i, (s, t, d) in enumerate(columns))
 
 
 def even_steps(total: int) -> tuple[Step, ...]:
