@@ -294,7 +294,10 @@ class Runner:
             self.say(f"a run of {total} steps leaves little to reuse; expect loss without gain")
         if any(rule.corrector for rule in self.recipe.rules) and run.steps[0].stride is None:
             sampler = type(scheduler).__name__
-            self.say(f"the corrector is left out: it needs a plain Euler sampler, not {sampler}")
+            self.say(
+                f"the corrector is left out: it needs a plain Euler sampler, not {sampler}",
+                logging.INFO,
+            )
         for rule in self.recipe.rules:
             if isinstance(rule.policy, MaskTable) and not rule.policy.fits(run.steps):
                 how = "noise level" if rule.policy.sigmas else "share of the run"
@@ -742,11 +745,11 @@ class Runner:
             run.stats.reasons[reason] += 1
         self.say(f"bypassed: {reason}")
 
-    def say(self, message: str) -> None:
+    def say(self, message: str, level: int = logging.WARNING) -> None:
         """Once per enabling, however often it happens."""
         if message not in self._said:
             self._said.add(message)
-            logger.warning("%s: %s", type(self.denoiser).__name__, message)
+            logger.log(level, "%s: %s", type(self.denoiser).__name__, message)
 
 
 def _edges(blocks: Blocks, recipe: Recipe) -> tuple[frozenset[int], frozenset[int]]:

@@ -88,7 +88,7 @@ class Tracker:
         self._first = min(_start_index(scheduler, timestep, position), len(levels) - 1)
         # Image-to-image enters late: its run is what is left of the schedule.
         rest = levels[self._first :]
-        times, strides = _times(scheduler), _strides(scheduler)
+        times, strides = _times(scheduler), strides_of(scheduler)
         self.steps = steps_from_sigmas(
             rest, times[self._first :], strides and strides[self._first :]
         )
@@ -144,7 +144,7 @@ def _times(scheduler: Any) -> list[float]:
     return [min(t / longest, 1.0) for t in _floats(scheduler.timesteps)]
 
 
-def _strides(scheduler: Any) -> list[float] | None:
+def strides_of(scheduler: Any) -> list[float] | None:
     """What each step multiplies the model's output by, where the sampler is a plain Euler."""
     kind, config = type(scheduler).__name__, getattr(scheduler, "config", {})
     is_euler = (

@@ -1,6 +1,6 @@
 """The three words: what to take when nothing has been measured for a model."""
 
-from blockcache.methods.geometric import geometric
+from blockcache.methods.corrected import corrected
 from blockcache.plan.recipe import Recipe
 
 BUDGETS = {"quality": 0.48, "balanced": 0.32, "fast": 0.16}
@@ -9,5 +9,5 @@ BUDGETS = {"quality": 0.48, "balanced": 0.32, "fast": 0.16}
 
 def preset(word: str) -> Recipe:
     """The recipe behind a preset word."""
-    made = geometric(BUDGETS[word])
+    made = corrected(BUDGETS[word])
     return Recipe(made.rules, made.branches, word)

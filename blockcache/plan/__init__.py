@@ -13,6 +13,7 @@ from blockcache.plan.forecasts import (
 from blockcache.plan.guards import Cooldown, Force, Guard, MaxStreak, Warmup
 from blockcache.plan.plan import Fingerprint, Plan
 from blockcache.plan.policies import (
+    Bathtub,
     Codebook,
     Every,
     Gate,
@@ -33,6 +34,7 @@ from blockcache.plan.steps import Step, even_steps, steps_from_sigmas
 
 __all__ = [
     "BackwardDifference",
+    "Bathtub",
     "ChannelTable",
     "Chebyshev",
     "Codebook",

@@ -1,4 +1,4 @@
-"""The axes of the search besides the mask: what is reused, where, in which branch, and attention.
+"""The axes of the search besides the mask: forecast, payload, site, branch, and attention.
 
 A shape turns a mask into a recipe. All shapes are compared in the same time, not on the same mask:
 what costs more per step computes fewer steps.
@@ -9,20 +9,24 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from blockcache import sparse
-from blockcache.plan import MaskTable, Recipe, Rule, Site, Sparse, Taylor
+from blockcache.plan import Corrector, MaskTable, Recipe, Rule, Site, Sparse, Taylor
 from blockcache.plan.paths import Path
 from blockcache.plan.recipe import Payload, each_sub_layer
 
 Guidance = Literal["every", "half", "late half"]
-Axis = Literal["payload", "site", "guidance", "attention"]
+Axis = Literal["forecast", "payload", "site", "guidance", "attention"]
 
 AXES: dict[str, tuple[Axis, ...]] = {
-    "full": ("payload", "site", "guidance", "attention"),
-    "quick": ("payload",),
+    "full": ("forecast", "payload", "site", "guidance", "attention"),
+    "quick": ("forecast", "payload"),
 }
 SUB_LAYERS = Site("attn")
 """Stands for attentions, cross-attentions and MLPs alike."""
-_WHAT: tuple[tuple[Site, Payload], ...] = ((Site("stack"), "output"), (Site("model"), "output"))
+_WHAT: tuple[tuple[Site, Payload], ...] = (
+    (Site("stack"), "residual"),
+    (Site("stack"), "output"),
+    (Site("model"), "output"),
+)
 _SPANS = (Site("span", 1), Site("span", 0, -1))
 _GUIDANCE: tuple[Guidance, ...] = ("half", "late half")
 _LATE = 0.35
@@ -34,13 +38,16 @@ _SPARSE = (("cubes", 0.25), ("cubes", 0.12))
 class Shape:
     """How a mask becomes a recipe.
 
-    site, payload: what is reused. guidance: at which of the mask's steps the second branch is
-    computed; in between, and where the mask reuses, the model's output for it is continued.
-    sparse: of the computed steps.
+    site, payload: what is reused. order: of the extrapolation. corrector: of the model's output,
+    for Euler samplers. guidance: at which of the mask's steps the second branch is computed; in
+    between, and where the mask reuses, the model's output for it is continued. sparse: of the
+    computed steps.
     """
 
     site: Site = Site("stack")
     payload: Payload = "residual"
+    order: int = 1
+    corrector: Corrector | None = None
     guidance: Guidance = "every"
     sparse: Sparse | None = None
 
@@ -50,11 +57,24 @@ class Shape:
         words = [_PLACES[self.site] if self.site in _PLACES else str(self.site)]
         if self.site != SUB_LAYERS:
             words[0] = f"{self.payload} of {words[0]}"
+        if self.order != 1:
+            words.append(f"order {self.order}")
+        if self.corrector is not None:
+            words.append("corrected")
         if self.guidance != "every":
             words.append(f"second branch at {self.guidance} of the steps")
         if self.sparse is not None:
             words.append(f"attention by {self.sparse.planner}")
         return ", ".join(words)
+
+    @classmethod
+    def first(cls, is_euler: bool) -> "Shape":
+        """Where the search begins: with what can be corrected, if the sampler allows it."""
+        return cls(Site("model"), "output", corrector=Corrector()) if is_euler else cls()
+
+    def takes_as_long_as(self, other: "Shape") -> bool:
+        """Whether a step costs the same, without measuring."""
+        return (self.site, self.guidance, self.sparse) == (other.site, other.guidance, other.sparse)
 
     def recipe(self, computed: Path, sigmas: tuple[float, ...]) -> Recipe:
         """The mask's recipe for a run with these noise levels."""
@@ -63,22 +83,32 @@ class Shape:
         rules = self._rules(table)
         if self.guidance != "every":
             rarely = MaskTable((thinned(table.computed[0], total, self.guidance),), total, sigmas)
-            second = Rule(Site("model"), rarely, Taylor(1), payload="output", branch=1)
+            how = Taylor(self.order)
+            second = Rule(
+                Site("model"), rarely, how, payload="output", branch=1, corrector=self.corrector
+            )
             rules = (*(replace(rule, branch=0) for rule in rules), second)
         return Recipe(rules, name=f"tuned {len(computed)}/{total}", sparse=self.sparse)
 
     def _rules(self, table: MaskTable) -> tuple[Rule, ...]:
         if self.site == SUB_LAYERS:
-            return each_sub_layer(table, Taylor(1))
-        return (Rule(self.site, table, Taylor(1), payload=self.payload),)
+            return each_sub_layer(table, Taylor(self.order))
+        how = Taylor(self.order)
+        return (Rule(self.site, table, how, payload=self.payload, corrector=self.corrector),)
 
     def variants(self, axis: Axis, branches: int, sub_layers: bool) -> Iterator["Shape"]:
         """The other shapes along one axis, for a model with this many branches.
 
         sub_layers: whether those may be kept, which takes two outputs of each of them.
         """
-        if axis == "payload":
-            yield from (replace(self, site=site, payload=payload) for site, payload in _WHAT)
+        if axis == "forecast":
+            yield replace(self, order=3 - self.order)
+            if self.corrector is not None:
+                yield replace(self, corrector=None)
+        elif axis == "payload":
+            others = [what for what in _WHAT if what != (self.site, self.payload)]
+            for site, payload in others:
+                yield replace(self, site=site, payload=payload, corrector=None)
         elif axis == "site":
             if self.site == Site("stack"):
                 yield from (replace(self, site=span) for span in _SPANS)

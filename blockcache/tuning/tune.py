@@ -17,7 +17,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,6 +25,7 @@ import numpy as np
 
 from blockcache import api
 from blockcache.engine.runner import Runner
+from blockcache.engine.tracker import strides_of
 from blockcache.errors import BlockCacheError, PlanError
 from blockcache.plan import Plan, Recipe
 from blockcache.plan.paths import Path as Mask
@@ -288,6 +289,7 @@ class _Tuner:
         ):
             self.scorer.references[item] = (latents[0], latents[1])
         self._measure_floor()
+        self.shape = Shape.first(strides_of(self.stage.pipe.scheduler) is not None)
         self.screen = Screen(self.trace)
         self.search = Search(self.screen, self.scorer, self.calibration, self._recipe)
 
@@ -426,7 +428,7 @@ class _Tuner:
 
     def _slower_by(self, computed: Mask, shape: Shape) -> float | None:
         """Seconds that a run takes longer with `shape`; None where it does nothing here."""
-        if replace(shape, payload=self.shape.payload) == self.shape:
+        if shape.takes_as_long_as(self.shape):
             return 0.0
         item, theirs = self.calibration[0], self._recipe(computed, shape)
         what = f"against {self.shape.name}"

@@ -1,6 +1,7 @@
 """Corrected outputs on a real sampler: the walk ends where the uncached one ends."""
 
 import copy
+import logging
 
 import pytest
 import torch
@@ -104,6 +105,7 @@ def test_a_run_that_begins_late():
     ids=lambda scheduler: type(scheduler).__name__,
 )
 def test_other_samplers_leave_it_out_and_say_so(scheduler, caplog):
+    caplog.set_level(logging.INFO, "blockcache")
     results = []
     for corrector in (Corrector(), None):
         torch.manual_seed(0)

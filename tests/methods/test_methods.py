@@ -54,7 +54,7 @@ def test_first_block():
 
 @pytest.mark.parametrize("word", BUDGETS)
 def test_presets(word):
-    assert preset(word) == Recipe(recipes.geometric(BUDGETS[word]).rules, name=word)
+    assert preset(word) == Recipe(recipes.corrected(BUDGETS[word]).rules, name=word)
     assert preset(word).is_static()
 
 

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from blockcache.errors import BlockCacheError, PlanError, PlanMismatchError
 from blockcache.plan import (
     BackwardDifference,
+    Bathtub,
     ChannelTable,
     Chebyshev,
     Codebook,
@@ -71,6 +72,7 @@ SPECS = [
     Site("span", 1, -2),
     Every(4),
     Geometric(0.25),
+    Bathtub(0.25),
     Gate(0.1),
     Gate(0.2, "filtered", "previous", True, (1.5, -0.5, 0.25), "sample", 3.0),
     MaskTable(((0, 1), (0,)), 3),

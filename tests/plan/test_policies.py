@@ -6,6 +6,7 @@ import pytest
 
 from blockcache.errors import PlanError
 from blockcache.plan import (
+    Bathtub,
     Every,
     Gate,
     Geometric,
@@ -14,7 +15,7 @@ from blockcache.plan import (
     even_steps,
     steps_from_sigmas,
 )
-from blockcache.plan.policies.static import geometric_steps
+from blockcache.plan.policies.static import bathtub_steps, geometric_steps
 
 
 def computed(policy, total, units=1, steps=None):
@@ -56,18 +57,45 @@ def test_geometric_steps_by_hand(count, total, expected):
     assert geometric_steps(count, total) == expected
 
 
+@pytest.mark.parametrize(
+    ("count", "total", "expected"),
+    [
+        (8, 50, (0, 3, 7, 12, 18, 26, 36, 44)),
+        (6, 28, (0, 2, 6, 10, 16, 23)),
+        (1, 4, (0,)),
+        (3, 4, (0, 1, 2)),
+        (9, 9, tuple(range(9))),
+    ],
+)
+def test_bathtub_steps(count, total, expected):
+    assert bathtub_steps(count, total) == expected
+
+
+def test_a_bathtub_has_the_gaps_it_says():
+    """1 at the beginning, 4 times as wide at 65 % of the run, 1.9 times at the end."""
+    steps = bathtub_steps(20_000, 100_000)
+    gaps = [steps[k + 200] - steps[k] for k in range(0, 19_800, 100)]
+    widest = max(gaps)
+    at = steps[100 * gaps.index(widest) + 100] / 100_000
+    assert widest / gaps[0] == pytest.approx(4, rel=0.03)
+    assert gaps[-1] / gaps[0] == pytest.approx(1.9, rel=0.03)
+    assert at == pytest.approx(0.65, abs=0.01)
+
+
 @pytest.mark.parametrize("total", [1, 2, 5, 8, 20, 28, 50, 100, 400, 1000])
 @pytest.mark.parametrize("budget", [1e-9, 0.2, 0.34, 0.5, 0.9, 1.0])
-def test_geometric_keeps_its_budget_at_any_length(total, budget):
+@pytest.mark.parametrize("policy", [Geometric, Bathtub])
+def test_a_budget_is_kept_at_any_length(total, budget, policy):
     """400 steps at a half once overflowed a float, inside the user's run."""
-    (steps,) = computed(Geometric(budget), total)
+    (steps,) = computed(policy(budget), total)
     assert len(steps) == min(total, max(1, round(budget * total)))
     assert steps[0] == 0
     assert steps == sorted(set(steps))
     assert steps[-1] < total
-    gaps = [b - a for a, b in zip(steps, [*steps[1:], total], strict=True)]
-    # Rounding moves each end of a gap by at most a half.
-    assert all(later >= earlier - 1 for earlier, later in zip(gaps, gaps[1:], strict=False))
+    if policy is Geometric:
+        gaps = [b - a for a, b in zip(steps, [*steps[1:], total], strict=True)]
+        # Rounding moves each end of a gap by at most a half.
+        assert all(later >= earlier - 1 for earlier, later in zip(gaps, gaps[1:], strict=False))
 
 
 def test_a_table_on_its_own_steps_is_itself_and_one_row_serves_all_units():

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 from blockcache import api
-from blockcache.plan import MaskTable, Rule, Site, Taylor
+from blockcache.plan import Corrector, MaskTable, Rule, Site, Taylor
 from blockcache.tuning.search import Found
 from blockcache.tuning.shapes import AXES, SUB_LAYERS, Shape, thinned
 from blockcache.tuning.tune import _Tuner, tune
@@ -37,6 +37,16 @@ def test_the_variants_of_each_axis():
         return [variant.name for variant in shape.variants(axis, branches, sub_layers)]
 
     assert names("payload") == ["output of the stack", "output of the model"]
+    corrected = Shape.first(is_euler=True)
+    assert corrected.name == "output of the model, corrected"
+    assert names("payload", shape=corrected) == ["residual of the stack", "output of the stack"]
+    assert names("forecast", shape=corrected) == [
+        "output of the model, order 2, corrected",
+        "output of the model",
+    ]
+    assert names("forecast", shape=Shape.first(is_euler=False)) == [
+        "residual of the stack, order 2"
+    ]
     assert names("site") == [
         "residual of all but the first block",
         "residual of all but the last block",
@@ -47,6 +57,15 @@ def test_the_variants_of_each_axis():
     assert all("attention by" in name for name in names("attention"))
     scopes = [rule.site.scope for rule in Shape(SUB_LAYERS, "output").recipe((0,), SIGMAS).rules]
     assert scopes == ["attn", "cross", "mlp"]
+
+
+def test_a_corrected_shape_corrects_both_branches():
+    shape = Shape(Site("model"), "output", 2, Corrector(), "half")
+    first, second = shape.recipe(COMPUTED, SIGMAS).rules
+    assert first.predictor == second.predictor == Taylor(2)
+    assert first.corrector == second.corrector == Corrector()
+    assert shape.takes_as_long_as(Shape(Site("model"), guidance="half"))
+    assert not shape.takes_as_long_as(Shape(guidance="half"))
 
 
 @pytest.mark.parametrize(("slower_s", "steps"), [(0.0, 6), (0.025, 4), (-0.025, 8), (9.0, 3)])

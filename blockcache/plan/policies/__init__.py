@@ -2,9 +2,10 @@
 
 from blockcache.plan.policies.base import Mask, Policy, StaticPolicy
 from blockcache.plan.policies.online import Codebook, Gate, Ranked, Verified
-from blockcache.plan.policies.static import Every, Geometric, Growing, MaskTable, Within
+from blockcache.plan.policies.static import Bathtub, Every, Geometric, Growing, MaskTable, Within
 
 __all__ = [
+    "Bathtub",
     "Codebook",
     "Every",
     "Gate",
