@@ -145,6 +145,8 @@ def serve(
     # Read by Gradio when components are made: what visitors upload lies with the rest.
     os.environ["GRADIO_TEMP_DIR"] = str((out / _UPLOADS).absolute())
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    # After so many calls it counts them, all anew, for a page of statistics that we do not serve.
+    os.environ["GRADIO_ANALYTICS_CACHE_FREQUENCY"] = str(2**31)
     from starlette.middleware import Middleware
 
     from blockcache.demo.theme import theme

@@ -14,6 +14,7 @@ from blockcache.demo.visits import Visit
 from blockcache.errors import BlockCacheError
 from blockcache.pipelines.compare import FIGURES
 from blockcache.pipelines.generate import manifest
+from blockcache.tuning.quality import Scores
 
 PER_PAGE = 24
 ORDERS = ("as given", "worst first", "fastest first")
@@ -226,12 +227,16 @@ def _card(item: Item) -> str:
 
 def _figures(item: Item) -> str:
     known = (
-        (item.seconds, "{:.2f} s"),
-        (item.speedup, "{:.2f}x"),
-        (item.psnr_db, "{:.1f} dB"),
-        (item.computed, "{:.0%} computed"),
+        "" if item.seconds is None else f"{item.seconds:.2f} s",
+        "" if item.speedup is None else f"{item.speedup:.2f}x",
+        _decibels(item),
+        "" if item.computed is None else f"{item.computed:.0%} computed",
     )
-    return ", ".join(form.format(value) for value, form in known if value is not None)
+    return ", ".join(filter(None, known))
+
+
+def _decibels(item: Item) -> str:
+    return "" if item.psnr_db is None else panels.decibels(_scores(item))
 
 
 @lru_cache(maxsize=512)
@@ -253,7 +258,7 @@ def opened(item: Item, visit: Visit) -> str:
         raise FolderError(item.error)
     place = visit.folder / f"browse-{item.number}-{abs(hash(item.file)) % 10**8}"
     link = panels.link_to(place)
-    words = panels.said((f"“{panels.short(item.prompt)}”, seed {item.seed}.", _figures(item)))
+    words = panels.said((f"“{panels.short(item.prompt)}”, seed {item.seed}.",))
     try:
         fast = media.read(item.file)
         plain = None if item.plain is None else media.read(item.plain)
@@ -262,7 +267,7 @@ def opened(item: Item, visit: Visit) -> str:
     about = {"prompt": item.prompt, "seed": item.seed}
     if plain is None or plain.shape != fast.shape:
         name = media.write_alone(place, fast, f"{item.plan}  {item.seconds or 0:.2f} s", about)
-        return panels.alone(link(name), item.prompt, fast.ndim == 4) + words
+        return panels.alone(link(name), item.prompt, fast.ndim == 4) + words + _numbers(item)
     shot = media.write_pair(
         place,
         (plain, f"uncached  {item.baseline_s or 0:.2f} s"),
@@ -270,7 +275,29 @@ def opened(item: Item, visit: Visit) -> str:
         about,
         item.plan,
     )
-    return panels.both(shot, item.plan, item.prompt, link, words)
+    alike = "" if item.psnr_db is None else panels.likeness(_scores(item), is_video=shot.is_video)
+    return (
+        panels.verdict(item.speedup, alike)
+        + panels.both(shot, item.plan, item.prompt, link, words)
+        + _numbers(item)
+    )
+
+
+def _scores(item: Item) -> Scores:
+    return Scores(item.psnr_db or 0.0, item.ssim or 0.0, None)
+
+
+def _numbers(item: Item) -> str:
+    """The line of numbers, as far as they are known."""
+    before = "" if item.baseline_s is None else f"uncached {item.baseline_s:.2f} s"
+    tiles = (
+        ("Seconds", "" if item.seconds is None else f"{item.seconds:.2f} s", before),
+        ("Speed-up", "" if item.speedup is None else f"{item.speedup:.2f}x", "over uncached"),
+        ("PSNR", _decibels(item), panels.PSNR_WORDS),
+        ("SSIM", "" if item.ssim is None else f"{item.ssim:.4f}", panels.SSIM_WORDS),
+        ("Computed", "" if item.computed is None else f"{item.computed:.0%}", "of the block calls"),
+    )
+    return panels.numbers(tile for tile in tiles if tile[1])
 
 
 def numbers(items: Iterable[Item]) -> dict[int, Item]:

@@ -22,12 +22,18 @@ MOST_WAITING = 64
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a job is. total 0: nobody knows. preview: a link with a small picture, or empty."""
+    """How far a job is.
+
+    doing: in words. total: 0 if nobody knows. unit: what is counted. preview: a link with a small
+    picture, or empty. part: which of several runs this is, in words.
+    """
 
     doing: str = "starting"
     done: int = 0
     total: int = 0
     preview: str = ""
+    part: str = ""
+    unit: str = "step"
 
 
 class OutOfTime(BlockCacheError):

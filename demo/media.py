@@ -19,8 +19,9 @@ from blockcache.pipelines.sheets import frames_of
 from blockcache.tuning.comparison import Picture
 
 FPS = 16
-_SHOWN_PX = 768
-"""Small pictures are enlarged to about this, in whole multiples, so that pixels stay sharp."""
+_SHOWN_PX, _FILMED_PX = 768, 512
+"""Small pictures are enlarged to about this, in whole multiples, so that pixels stay sharp. Films
+less, as they stand side by side and take long to encode."""
 _GAP_PX = 8
 
 Corner = Literal["left", "right"]
@@ -28,10 +29,14 @@ Corner = Literal["left", "right"]
 
 @dataclass(frozen=True)
 class Label:
-    """What stands on a picture, in which of its upper corners."""
+    """What stands on a picture, in which of its upper corners.
+
+    is_alone: no other label lies on top, so it may be larger.
+    """
 
     text: str
     corner: Corner = "left"
+    is_alone: bool = False
 
 
 def still(picture: Picture, frame: int) -> Picture:
@@ -54,19 +59,23 @@ def difference(picture: Picture, reference: Picture) -> tuple[Picture, int]:
 
 def shown(picture: Picture, label: Label | None = None) -> Image.Image:
     """One picture `[H, W, C]`, enlarged if it is small, with its label."""
-    return _finished(frames_of(picture)[0], label)
+    return _finished(frames_of(picture)[0], label, _SHOWN_PX)
 
 
-def _finished(image: Image.Image, label: Label | None) -> Image.Image:
-    if _SHOWN_PX >= 2 * max(image.size):
-        image = sheets.scaled(np.asarray(image), _SHOWN_PX)
+def _finished(image: Image.Image, label: Label | None, longest: int) -> Image.Image:
+    if longest >= 2 * max(image.size):
+        image = sheets.scaled(np.asarray(image), longest)
     return image if label is None else _labelled(image, label)
 
 
+def _film(video: Picture, label: Label) -> list[Image.Image]:
+    return [_finished(image, label, _FILMED_PX) for image in frames_of(video)]
+
+
 def _labelled(image: Image.Image, label: Label) -> Image.Image:
-    # Two labels share the width: each has to leave the other room.
-    room = image.width * 0.47
-    points = max(10, round(image.width / 26))
+    # Two labels on pictures that lie on top of each other share the width.
+    room = image.width * (0.94 if label.is_alone else 0.47)
+    points = max(10, round(image.width / (17 if label.is_alone else 26)))
     text = label.text.encode("latin-1", "replace").decode("latin-1")
     while points > 8 and _font(points).getlength(text) > room - 2 * points:
         points -= 1
@@ -78,7 +87,8 @@ def _labelled(image: Image.Image, label: Label) -> Image.Image:
     width, height = font.getlength(text) + 2 * pad, round(points * 1.9)
     left = pad if label.corner == "left" else image.width - pad - width
     box = (left, pad, left + width, pad + height)
-    draw.rounded_rectangle(box, height // 4, fill=(16, 18, 22, 205))
+    # The rim tells it from a dark picture.
+    draw.rounded_rectangle(box, height // 4, fill=(16, 18, 22, 205), outline=(255, 255, 255, 60))
     draw.text((left + pad, pad + height / 2), text, font=font, fill="white", anchor="lm")
     return Image.alpha_composite(image.convert("RGBA"), ink).convert("RGB")
 
@@ -112,27 +122,31 @@ def write_pair(
     """Write both pictures or videos with their labels, and their difference, to a new folder.
 
     Kinds of files: "uncached" and "cached" with labels, "difference"; of pictures "uncached_as_is"
-    and "cached_as_is"; of videos "both", side by side.
+    and "cached_as_is"; of videos "both", side by side, and the first frames as "uncached_poster"
+    and "cached_poster".
 
     Raises:
         BlockCacheError: videos, and there is no video writer.
     """
     folder.mkdir(exist_ok=True)
-    left, right = Label(plain[1]), Label(fast[1], "right")
+    is_video = plain[0].ndim == 4
+    # Players stand side by side, and may be small.
+    left = Label(plain[1], is_alone=is_video)
+    right = Label(fast[1], "left" if is_video else "right", is_alone=is_video)
     frame = farthest_frame(fast[0], plain[0])
     apart, gain = difference(still(fast[0], frame), still(plain[0], frame))
     made = {"difference": _png(shown(apart), folder / "difference")}
-    is_video = plain[0].ndim == 4
     for kind, picture, label in (("uncached", plain[0], left), ("cached", fast[0], right)):
         notes = {**about, "plan": plan if kind == "cached" else "none"}
         if is_video:
-            frames = [_finished(image, label) for image in frames_of(picture)]
+            frames = _film(picture, label)
             made[kind] = _mp4(frames, folder / kind, notes)
+            made[f"{kind}_poster"] = _png(frames[0], folder / f"{kind}-poster")
         else:
             made[kind] = _png(shown(picture, label), folder / f"{kind}-labelled")
             made[f"{kind}_as_is"] = _saved(picture, folder / kind, notes)
     if is_video:
-        both = _side_by_side((plain[0], left), (fast[0], Label(fast[1])))
+        both = _side_by_side((plain[0], left), (fast[0], right))
         made["both"] = _mp4(both, folder / "side-by-side", about)
     size = (plain[0].shape[-2], plain[0].shape[-3])
     return Shot(made, size, gain, frame, is_video, bool((plain[0] == fast[0]).all()))
@@ -143,21 +157,20 @@ def write_alone(folder: Path, picture: Picture, text: str, about: dict[str, Any]
     folder.mkdir(exist_ok=True)
     if picture.ndim == 3:
         return _png(shown(picture, Label(text)), folder / "picture")
-    frames = [_finished(image, Label(text)) for image in frames_of(picture)]
-    return _mp4(frames, folder / "video", about)
+    return _mp4(_film(picture, Label(text, is_alone=True)), folder / "video", about)
 
 
 def _png(image: Image.Image, stem: Path) -> str:
     path = stem.with_name(f"{stem.name}.png")
-    image.save(path, "PNG")
+    # To look at, at once: twice as large as it could be, and written several times as fast.
+    image.save(path, "PNG", compress_level=1)
     return path.name
 
 
 def _side_by_side(left: tuple[Picture, Label], right: tuple[Picture, Label]) -> list[Image.Image]:
     """Both videos as one, always in step."""
     frames = []
-    for one, other in zip(frames_of(left[0]), frames_of(right[0]), strict=True):
-        one, other = _finished(one, left[1]), _finished(other, right[1])
+    for one, other in zip(_film(*left), _film(*right), strict=True):
         wide = Image.new("RGB", (one.width + other.width + _GAP_PX, one.height), "#101216")
         wide.paste(one, (0, 0))
         wide.paste(other, (one.width + _GAP_PX, 0))

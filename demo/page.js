@@ -30,17 +30,29 @@
     if (play) {
       const { all } = players(play);
       const start = all[0].paused;
-      if (start) all[1].currentTime = all[0].currentTime;
       all.forEach((video) => (start ? video.play() : video.pause()));
+      all[1].currentTime = all[0].currentTime;
       play.textContent = start ? "Pause both" : "Play both";
+    }
+    const tile = within(event, "[data-item]");
+    if (tile) {
+      document.querySelectorAll(".bc-tile").forEach((each) => each.removeAttribute("aria-current"));
+      tile.setAttribute("aria-current", "true");
+      showAt("bc-opened");
     }
     const copy = within(event, "[data-copy]");
     if (copy) copyLink(copy);
-    const go = within(event, "#bc-go");
-    if (go && window.innerWidth < 800) {
-      document.getElementById("bc-status")?.scrollIntoView({ behavior: "smooth" });
-    }
+    if (within(event, "#bc-go")) showAt("bc-stage");
+    // The pair comes back on another tab.
+    if (within(event, "[data-run]")) setTimeout(() => showAt("bc-stage"), 300);
   });
+
+  // Only if its top is not to be seen.
+  const showAt = (id) => {
+    const piece = document.getElementById(id);
+    const top = piece?.getBoundingClientRect().top ?? 0;
+    if (top < 0 || top > 0.7 * innerHeight) piece.scrollIntoView({ behavior: "smooth" });
+  };
 
   // Media events do not bubble; they are caught on their way down.
   document.addEventListener("timeupdate", (event) => {

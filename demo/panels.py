@@ -12,13 +12,20 @@ from blockcache.demo.plots import Dot
 from blockcache.demo.settings import to_query
 from blockcache.demo.shelf import Tuned
 from blockcache.demo.visits import Pair, Visit
+from blockcache.methods.presets import preset
+from blockcache.plan import StaticPolicy, even_steps
 from blockcache.tuning.comparison import size
-from blockcache.tuning.quality import Scores
+from blockcache.tuning.quality import CAP_DB, Scores
 
 Link = Callable[[str], str]
 """A file of a visit to the address it is served at."""
 
 _LONGEST_SHOWN = 240
+_SCHEME_STEPS, _SCHEME_BLOCKS = 30, 6
+PSNR_WORDS, SSIM_WORDS = "higher is nearer", "1 is identical"
+_ERROR_WORDS = (
+    "How near the latents are to those of the uncached run after each step: higher is nearer."
+)
 
 
 def link_to(folder: Path) -> Link:
@@ -36,7 +43,7 @@ def header(mode: str) -> str:
     return (
         '<header class="bc-head"><h1>blockcache</h1>'
         "<p>Diffusion pipelines made faster by not doing work again. "
-        "See what it buys, and what it costs.</p>"
+        '<span class="bc-more">See what it buys, and what it costs.</span></p>'
         f'<span class="bc-mode">{escape(mode)}</span></header>'
     )
 
@@ -56,9 +63,9 @@ def status(job: Job | None, before: int) -> str:
         others = "1 run is" if before == 1 else f"{before} runs are"
         return _bar(f"In the queue: {others} before yours" if before else "Starting", None, "")
     now = job.progress
-    steps = f", step {now.done} of {now.total}" if now.total else ""
+    steps = f", {now.unit} {now.done} of {now.total}" if now.total else ""
     share = now.done / now.total if now.total else None
-    return _bar(f"{now.doing}{steps}", share, now.preview)
+    return _bar(f"{now.part}{now.doing}{steps}", share, now.preview)
 
 
 def _bar(words: str, share: float | None, preview: str) -> str:
@@ -84,16 +91,52 @@ def notice(words: str) -> str:
 # ---- a pair -------------------------------------------------------------------------------------
 
 
-WELCOME = """
+def welcome() -> str:
+    """What one sees before anything was made: the idea, with the steps of the preset."""
+    maps = [
+        plots.stripes(computed, _SCHEME_STEPS, _SCHEME_BLOCKS, words)
+        for computed, words in (
+            (range(_SCHEME_STEPS), "A full grid: all is computed"),
+            (_computed_steps("balanced"), "A grid of which only some columns are computed"),
+        )
+    ]
+    return f"""
 <div class="bc-welcome">
 <p class="bc-lead">The same prompt from the same noise, twice.</p>
-<ol>
-<li><b>Uncached</b>: every transformer block in every step.</li>
-<li><b>With the cache</b>: blocks whose result hardly changes are reused or predicted.</li>
-<li>You get both pictures, both times, and how far apart they are.</li>
-</ol>
+<p><b>Uncached</b>: every transformer block in every step.</p>{maps[0]}
+<p><b>With the cache</b>: what hardly changes from step to step is reused or predicted.</p>{maps[1]}
+<p class="bc-legend"><span>steps run to the right, blocks downwards</span>
+<span><i class="bc-computed"></i>computed</span>
+<span><i class="bc-reused"></i>not computed</span></p>
 <p>It is faster, and it is not the same picture. How much of either is yours to choose: press
-<b>Generate both</b>.</p>
+<b>Generate both</b> for both pictures, both times, and how far apart they are.</p>
+</div>
+"""
+
+
+def _computed_steps(word: str) -> list[int]:
+    """Which steps a preset computes."""
+    policy = preset(word).rules[0].policy
+    if not isinstance(policy, StaticPolicy):
+        raise TypeError(f"the preset {word} does not say beforehand what it computes")
+    (mask,) = policy.mask(even_steps(_SCHEME_STEPS), 1)
+    return [step for step, is_computed in enumerate(mask) if is_computed]
+
+
+WHY_WELCOME = """
+<div class="bc-welcome">
+<p class="bc-lead">What happened inside a run.</p>
+<p>Which block was computed in which step, how much changed from step to step, how far the picture
+moved away, and where the seconds went. Make a comparison under <b>Compare</b> first.</p>
+</div>
+"""
+
+
+EXPLORE_WELCOME = """
+<div class="bc-welcome">
+<p class="bc-lead">All your runs, time against quality.</p>
+<p>Each comparison becomes a dot, and the best choices stand out. Make one under <b>Compare</b>,
+then try other plans on the same prompt: each of them takes one run only.</p>
 </div>
 """
 
@@ -114,14 +157,27 @@ TUNE_WELCOME = """
 def result(pair: Pair | None, link: Link) -> str:
     """Both pictures, the numbers and the difference."""
     if pair is None:
-        return WELCOME
+        return welcome()
     query = escape(to_query(pair.settings, pair.plan), quote=True)
+    said_by_engine = "".join(remark(words) for words in pair.story.remarks)
     return (
-        f'<section class="bc-result" data-query="{query}"><p class="bc-verdict">'
-        f"<b>{_speed(pair.speedup)}</b> {escape(likeness(pair.scores, is_video=pair.shot.is_video))}</p>"
+        f'<section class="bc-result" data-query="{query}">'
+        f"{verdict(pair.speedup, likeness(pair.scores, is_video=pair.shot.is_video))}"
+        f"{said_by_engine}"
         f"{both(pair.shot, pair.name, pair.settings.prompt, link_within(link, pair), _said(pair))}"
         f"{_numbers(pair)}{_downloads(pair, link)}</section>"
     )
+
+
+def verdict(speedup: float | None, words: str) -> str:
+    """The line above a pair: how much faster, and how alike."""
+    speed = "" if speedup is None else f"<b>{_speed(speedup)}</b> "
+    return f'<p class="bc-verdict">{speed}{escape(words)}</p>'
+
+
+def remark(words: str) -> str:
+    """What has to be known before the numbers are believed."""
+    return f'<p class="bc-notice">{escape(words[:1].upper() + words[1:])}.</p>'
 
 
 def both(shot: Shot, name: str, prompt: str, link: Link, beside: str) -> str:
@@ -157,7 +213,8 @@ def _players(files: dict[str, str], name: str, prompt: str) -> str:
     about = escape(short(prompt), quote=True)
     names = {"uncached": "Uncached", "cached": f"With {name}"}
     players = "".join(
-        f'<video src="{files[kind]}" muted loop playsinline preload="auto" '
+        f'<video src="{files[kind]}" poster="{files[f"{kind}_poster"]}" muted loop playsinline '
+        'preload="auto" '
         f'aria-label="{escape(name, quote=True)}: {about}"></video>'
         for kind, name in names.items()
     )
@@ -173,8 +230,9 @@ def _players(files: dict[str, str], name: str, prompt: str) -> str:
 
 
 def _difference(shot: Shot, address: str) -> str:
-    frame = f", frame {shot.frame}, the farthest" if shot.is_video else ""
-    words = "no pixel differs" if shot.is_same else f"absolute, times {shot.gain}"
+    frame = f", frame {shot.frame}, where it is largest" if shot.is_video else ""
+    bright = f"brightened {shot.gain} times" if shot.gain > 1 else "not brightened"
+    words = "no pixel differs" if shot.is_same else bright
     return (
         f'<figure class="bc-difference"><img src="{address}" '
         f'alt="Difference picture, {words}{frame}"><figcaption><b>Difference</b> {words}{frame}'
@@ -183,13 +241,12 @@ def _difference(shot: Shot, address: str) -> str:
 
 
 def _said(pair: Pair) -> str:
-    """In sentences: what was done, and what the engine said about it."""
+    """In sentences: what was done."""
     asked = pair.settings
     where = f"seed {asked.seed}, {pair.steps} steps, {pair.shot.size[0]} x {pair.shot.size[1]} px"
     lines = [f"“{short(asked.prompt)}”, {where}."]
     if not pair.is_fresh:
         lines.append("The uncached run is kept from before: same settings, same picture.")
-    lines += [f"{remark}." for remark in pair.story.remarks]
     return said(lines)
 
 
@@ -239,18 +296,27 @@ def decibels(scores: Scores) -> str:
 
 def _numbers(pair: Pair) -> str:
     tiles = [
-        ("Speed-up", f"{pair.speedup:.2f}x", f"{pair.baseline_s:.2f} s to {pair.seconds:.2f} s"),
-        ("PSNR", decibels(pair.scores), "more is nearer"),
-        ("SSIM", f"{pair.scores.ssim:.4f}", "1 is identical"),
+        ("Speed-up", f"{pair.speedup:.2f}x", _seconds(pair.baseline_s, pair.seconds)),
+        ("PSNR", decibels(pair.scores), PSNR_WORDS),
+        ("SSIM", f"{pair.scores.ssim:.4f}", SSIM_WORDS),
         ("Computed", f"{pair.computed:.0%}", _reuse(pair)),
-        ("Density", "dense" if pair.density is None else f"{pair.density:.0%}", "kept attention"),
+        ("Density", f"{1 if pair.density is None else pair.density:.0%}", "of attention kept"),
         ("Memory", size(pair.cache_bytes), _memory(pair)),
     ]
+    return numbers(tiles)
+
+
+def numbers(tiles: Iterable[tuple[str, str, str]]) -> str:
+    """A line of (name, value, what it is about)."""
     cells = "".join(
         f"<div><dt>{name}</dt><dd>{escape(value)}<small>{escape(about)}</small></dd></div>"
         for name, value, about in tiles
     )
     return f'<dl class="bc-numbers">{cells}</dl>'
+
+
+def _seconds(before: float, after: float) -> str:
+    return f"{before:.2f} s to {after:.2f} s"
 
 
 def _reuse(pair: Pair) -> str:
@@ -291,7 +357,7 @@ def _download(address: str, words: str) -> str:
 def why(pair: Pair | None) -> str:
     """The figures about one run."""
     if pair is None:
-        return plots.nothing("Make a comparison first; what happened inside is drawn here.")
+        return WHY_WELCOME
     story = pair.story
     maps = "".join(
         (f"<h4>branch {escape(found.title)}</h4>" if len(story.maps) > 1 else "")
@@ -301,7 +367,7 @@ def why(pair: Pair | None) -> str:
     cards = (
         ("What was computed", f"{plots.kind_legend(story.maps)}{maps}", _map_words(pair)),
         ("Change per step", plots.changes(story), _change_words(pair)),
-        ("Error per step", plots.errors(story), "Distance of the latents from the uncached run's."),
+        ("Error per step", plots.errors(story), _ERROR_WORDS),
         (
             "Time by part",
             plots.part_legend(story.parts) + plots.parts(story),
@@ -320,13 +386,20 @@ def why(pair: Pair | None) -> str:
 
 
 def _map_words(pair: Pair) -> str:
-    return f"{pair.computed:.0%} of the block calls were done."
+    done = f"{pair.computed:.0%} of the block calls were done"
+    parts = "" if pair.parts is None else f", {pair.parts:.0%} of the sub-layer calls reused"
+    return f"{done}{parts}."
 
 
 def _change_words(pair: Pair) -> str:
     if pair.story.threshold is not None:
-        return "Below the threshold the step is reused. Faint: how the uncached output moved."
-    return "Everything was decided beforehand. Faint: how the uncached output moved."
+        return "Below the threshold a step is reused. Faint: the uncached output, step by step."
+    if not pair.story.changes:
+        return "This plan was fixed beforehand. The line is the uncached output, step by step."
+    return (
+        "Since the last computed step. Faint: the uncached output, step by step. There is no "
+        "threshold: this plan was fixed beforehand."
+    )
 
 
 def _step_table(pair: Pair) -> str:
@@ -335,12 +408,12 @@ def _step_table(pair: Pair) -> str:
     seen = dict(story.changes)
     rows = "".join(
         f"<tr><th scope=row>{i}</th><td>{share:.0%}</td>"
-        f"<td>{_cell(seen.get(i), '.3f')}</td><td>{_cell(_at(story.errors_db, i), '.1f')}</td>"
+        f"<td>{_cell(seen.get(i), '.3f')}</td><td>{_nearness(_at(story.errors_db, i))}</td>"
         f"<td>{_cell(_at(story.step_ms[0], i), '.1f')}</td>"
         f"<td>{_cell(_at(story.step_ms[1], i), '.1f')}</td></tr>"
         for i, share in enumerate(story.computed_share)
     )
-    heads = ("step", "computed", "change", "error, dB", "uncached, ms", "cached, ms")
+    heads = ("step", "computed", "change", "nearness, dB", "uncached, ms", "cached, ms")
     columns = "".join(f"<th scope=col>{head}</th>" for head in heads)
     return (
         "<details class=bc-numbers-by-step><summary>All numbers by step</summary>"
@@ -353,6 +426,10 @@ def _at(values: Sequence[float], i: int) -> float | None:
     return values[i] if i < len(values) else None
 
 
+def _nearness(value: float | None) -> str:
+    return "same" if value is not None and value >= CAP_DB else _cell(value, ".1f")
+
+
 def _cell(value: float | None, form: str) -> str:
     return "" if value is None else format(value, form)
 
@@ -362,6 +439,8 @@ def _cell(value: float | None, form: str) -> str:
 
 def explore(visit: Visit, link: Link) -> str:
     """All runs of a visit: as dots, and as a table."""
+    if not visit.pairs:
+        return EXPLORE_WELCOME
     current = visit.current
     group = current.settings.uncached if current else ()
     alike = [pair for pair in visit.pairs if pair.settings.uncached == group]
@@ -373,6 +452,7 @@ def explore(visit: Visit, link: Link) -> str:
             pair.seconds,
             pair.scores.psnr_db,
             _tip(pair),
+            pair.name,
             is_front=pair.id in best,
             is_other=pair.settings.uncached != group,
             is_current=pair is current,
@@ -384,17 +464,19 @@ def explore(visit: Visit, link: Link) -> str:
     others = " Faint: other prompts or sizes." if len(alike) < len(visit.pairs) else ""
     return (
         f'<div class="bc-cards"><article class="bc-card"><h3>Time against quality</h3>'
-        f"<p>{words}{others}</p>{plane}</article>{_front([alike[i] for i in front])}</div>"
+        f"<p>{words}{others}</p>{plane}</article>{_front([alike[i] for i in front], link)}</div>"
         f"{_run_table(visit, best, link)}"
     )
 
 
-def _front(best: Sequence[Pair]) -> str:
+def _front(best: Sequence[Pair], link: Link) -> str:
     """The runs worth choosing from, the fastest first."""
     if not best:
         return ""
     rows = "".join(
-        f"<li><span><b>{escape(pair.name)}</b> {pair.speedup:.2f}x, {decibels(pair.scores)}</span>"
+        f'<li><img src="{_small_picture(pair, link)}" alt="With {escape(pair.name, quote=True)}">'
+        f"<span><b>{escape(pair.name)}</b><small>{pair.speedup:.2f}x, {decibels(pair.scores)}, "
+        f"{pair.computed:.0%}&nbsp;computed</small></span>"
         f'<button type="button" class="bc-button" data-run="{pair.id}" '
         f'aria-label="Show {escape(pair.name, quote=True)}">Show</button></li>'
         for pair in best
@@ -406,14 +488,17 @@ def _front(best: Sequence[Pair]) -> str:
     )
 
 
+def _small_picture(pair: Pair, link: Link) -> str:
+    files = pair.shot.files
+    return link_within(link, pair)(files.get("cached_poster") or files["cached_as_is"])
+
+
 def _tip(pair: Pair) -> str:
     figures = f"{pair.seconds:.2f} s, {pair.speedup:.2f}x, {decibels(pair.scores)}"
     return f"{pair.name}: {figures}, {short(pair.settings.prompt, 60)}"
 
 
 def _run_table(visit: Visit, best: set[str], link: Link) -> str:
-    if not visit.pairs:
-        return ""
     rows = "".join(_run_row(pair, pair.id in best, link) for pair in reversed(visit.pairs))
     heads = ("plan", "prompt", "steps", "seconds", "speed-up", "PSNR", "SSIM", "computed", "", "")
     columns = "".join(f"<th scope=col>{head}</th>" for head in heads)

@@ -5,7 +5,7 @@ is loaded from anywhere. Text from outside is escaped.
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
 
@@ -14,6 +14,7 @@ from blockcache.tuning.quality import CAP_DB
 
 _WIDTH = 540
 _LEFT, _RIGHT, _TOP, _BOTTOM = 62, 14, 14, 44
+_NAME_HIGH, _NAME_LONG = 20, 26
 _CLASSES = {COMPUTED: "computed", REUSED: "reused", PREDICTED: "predicted", PARTLY: "partly"}
 
 
@@ -21,13 +22,15 @@ _CLASSES = {COMPUTED: "computed", REUSED: "reused", PREDICTED: "predicted", PART
 class Dot:
     """A run on the plane of time and quality.
 
-    is_front: on the Pareto front. is_other: of another prompt or other settings than those shown.
+    name: stands beside it where it is on the front. is_front: on the Pareto front. is_other: of
+    another prompt or other settings than those shown.
     """
 
     id: str
     seconds: float
     psnr_db: float
     tip: str
+    name: str = ""
     is_front: bool = False
     is_other: bool = False
     is_current: bool = False
@@ -73,6 +76,21 @@ def block_map(found: Map) -> str:
     return plot.svg(f"Step by block map: {words}")
 
 
+def stripes(computed: Collection[int], steps: int, blocks: int, words: str) -> str:
+    """The idea of a block map, without axes: these steps are computed, the others are not."""
+    wide, high = _WIDTH / steps, 9
+    cells = "".join(
+        f'<rect x="{step * wide:.1f}" y="{block * high}" width="{wide - 1.5:.1f}" '
+        f'height="{high - 1.5}" class="bc-{"computed" if step in computed else "reused"}"/>'
+        for step in range(steps)
+        for block in range(blocks)
+    )
+    label = escape(words, quote=True)
+    return (
+        f'<svg viewBox="0 0 {_WIDTH} {blocks * high}" role="img" aria-label="{label}">{cells}</svg>'
+    )
+
+
 def changes(story: Story) -> str:
     """What the cache measured against its threshold, and how the uncached output moved."""
     steps = len(story.step_ms[0])
@@ -94,13 +112,16 @@ def changes(story: Story) -> str:
         tip = f"step {i}: the uncached output moved by {value:.3f}"
         plot.dot(plot.at(i, steps), y(max(value, low)), 2.5, "bc-faint-dot", tip)
     if story.threshold:
-        plot.across(y(story.threshold), f"threshold {story.threshold:g}")
+        plot.across(y(story.threshold))
     is_gate = story.threshold is not None
     for i, value in story.changes:
         what = _what(story, i)
         verdict = f", {what}" if is_gate else " since the last computed step"
         tip = f"step {i}: change {value:.3f}{verdict}"
         plot.dot(plot.at(i, steps), y(min(max(value, low), high)), 4.5, f"bc-{what}", tip)
+    if story.threshold:
+        label = f"threshold {story.threshold:g}"
+        plot.text(_WIDTH - _RIGHT, y(story.threshold) - 7, label, "end", "bc-mark-text")
     plot.axes("step", "relative change")
     return plot.svg(
         f"Change per step, {len(seen)} measured, from {min(values):.3f} to {max(values):.3f}"
@@ -128,9 +149,12 @@ def errors(story: Story) -> str:
         what = _what(story, i)
         tip = f"after step {i} ({what}): " + ("identical" if is_same else f"{value:.1f} dB")
         plot.dot(plot.at(i, steps), y(high if is_same else value), 3.5, f"bc-{what}", tip)
-    plot.axes("step", "distance, dB")
+    same = [i for i, value in found if value >= CAP_DB]
+    if same:
+        plot.text(plot.at(same[-1], steps) + 9, y(high) + 4, "identical", "start", "bc-at-mark")
+    plot.axes("step", "nearness, dB")
     return plot.svg(
-        f"Distance of the latents per step, {max(apart):.0f} down to {min(apart):.0f} dB"
+        f"Nearness of the latents per step, {max(apart):.0f} down to {min(apart):.0f} dB"
     )
 
 
@@ -141,11 +165,11 @@ def _what(story: Story, step: int) -> str:
 
 
 def parts(story: Story) -> str:
-    """Where the seconds went, uncached above and accelerated below."""
+    """Where the seconds went, uncached above and cached below."""
     totals = [sum(pair[side] for pair in story.parts.values()) for side in (0, 1)]
     most = max(*totals, 1e-9)
-    plot = _Plot(1, 104, left=108)
-    for side, label in enumerate(("uncached", "accelerated")):
+    plot = _Plot(1, 104, left=100)
+    for side, label in enumerate(("uncached", "cached")):
         x, y = float(plot.left), _TOP + side * 54
         plot.text(plot.left - 8, y + 23, label, "end")
         for number, (name, pair) in enumerate(story.parts.items()):
@@ -164,7 +188,7 @@ def parts(story: Story) -> str:
         plot.text(x, plot.bottom + 18, f"{tick:g}", "middle")
     plot.axes("seconds", "")
     words = ", ".join(f"{name} {a:.2f} s and {b:.2f} s" for name, (a, b) in story.parts.items())
-    return plot.svg(f"Time by part, uncached and accelerated: {words}")
+    return plot.svg(f"Time by part, uncached and cached: {words}")
 
 
 def part_legend(names: Iterable[str]) -> str:
@@ -185,8 +209,6 @@ def kind_legend(maps: Sequence[Map]) -> str:
 
 def plane(dots: Sequence[Dot], baseline_s: float | None) -> str:
     """Time against quality; each dot can be clicked, and reached by keyboard."""
-    if not dots:
-        return nothing("No runs yet. Each comparison you make becomes a dot here.")
     seconds = [dot.seconds for dot in dots] + ([baseline_s] if baseline_s else [])
     known = [dot.psnr_db for dot in dots if dot.psnr_db < CAP_DB] or [40.0]
     low, high = 5 * math.floor((min(known) - 1) / 5), 5 * math.ceil((max(known) + 2) / 5)
@@ -194,7 +216,8 @@ def plane(dots: Sequence[Dot], baseline_s: float | None) -> str:
     plot = _Plot(1, 260)
     y = _Linear(low, high, plot)
     for level in range(low, high + 1, 5 if high - low <= 40 else 10):
-        plot.grid(y(level), str(level))
+        is_same = level == high and any(dot.psnr_db >= CAP_DB for dot in dots)
+        plot.grid(y(level), "same" if is_same else str(level))
     for tick in _ticks(0, most, 6):
         plot.text(plot.left + plot.wide * tick / most, plot.bottom + 16, f"{tick:g}", "middle")
     places = {
@@ -208,8 +231,23 @@ def plane(dots: Sequence[Dot], baseline_s: float | None) -> str:
     # The current one last, so that it lies on top.
     for dot in sorted(dots, key=lambda d: (d.is_current, not d.is_other)):
         plot.add(_button(dot, *places[dot.id]))
+    _name_front(plot, dots, places)
     plot.axes("seconds", "PSNR, dB")
     return plot.svg(f"Time against quality of {len(dots)} runs", is_group=True)
+
+
+def _name_front(plot: "_Plot", dots: Sequence[Dot], places: dict[str, tuple[float, float]]) -> None:
+    """Names below and to the right of their dots, where the line does not run."""
+    lowest = -math.inf
+    for dot in sorted((d for d in dots if d.is_front), key=lambda d: d.psnr_db, reverse=True):
+        x, y = places[dot.id]
+        if y - lowest >= _NAME_HIGH:
+            lowest = y
+            name = dot.name if len(dot.name) <= _NAME_LONG else f"{dot.name[: _NAME_LONG - 1]}…"
+            is_far = x > plot.left + 0.7 * plot.wide
+            plot.text(
+                x + (-12 if is_far else 11), y + 15, name, "end" if is_far else "start", "bc-name"
+            )
 
 
 def _button(dot: Dot, x: float, y: float) -> str:
@@ -261,14 +299,13 @@ class _Plot:
         for step in _few(steps):
             self.text(self.at(step, steps), self.bottom + 16, str(step), "middle")
 
-    def across(self, y: float, label: str) -> None:
-        right = _WIDTH - _RIGHT
-        self.add(f'<path d="M{self.left} {y:.1f}H{right}" class="bc-mark"/>')
-        self.text(right, y - 5, label, "end", "bc-mark-text")
+    def across(self, y: float) -> None:
+        self.add(f'<path d="M{self.left} {y:.1f}H{_WIDTH - _RIGHT}" class="bc-mark"/>')
 
     def upright(self, x: float, label: str) -> None:
         self.add(f'<path d="M{x:.1f} {_TOP}V{self.bottom}" class="bc-mark"/>')
-        self.text(x - 6, _TOP + 12, label, "end", "bc-mark-text")
+        # Below, where the dots of a front that goes up to the right are not.
+        self.text(x - 6, self.bottom - 8, label, "end", "bc-mark-text")
 
     def line(self, points: Sequence[tuple[float, float]], name: str) -> None:
         if len(points) > 1:

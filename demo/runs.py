@@ -267,10 +267,10 @@ class Workshop:
         was_kept = plain is not None
         if plain is None:
             self._warm_up(job, studio, settings, call)
-            plain = self._side(job, studio, settings, call, "uncached")
+            plain = self._side(job, studio, settings, call, "uncached", "Run 1 of 2: ")
             self._kept.put(key, plain)
         with remarks_of(job), api.enabled(studio.pipe, chosen):
-            fast = self._side(job, studio, settings, call, name)
+            fast = self._side(job, studio, settings, call, name, "" if was_kept else "Run 2 of 2: ")
             summary = api.summary(studio.pipe).as_dict()
         job.progress = Progress("comparing")
         return self._pair(
@@ -290,16 +290,22 @@ class Workshop:
         self._warm.add((settings.model, form))
 
     def _side(
-        self, job: Job, studio: Studio, settings: Settings, call: Mapping[str, Any], name: str
+        self,
+        job: Job,
+        studio: Studio,
+        settings: Settings,
+        call: Mapping[str, Any],
+        name: str,
+        part: str,
     ) -> "Rendered":
-        job.progress = Progress(name)
+        job.progress = Progress(name, part=part)
         preview = Preview(studio.pipe, int(call.get("height", 512)), int(call.get("width", 512)))
         total = _steps(studio.pipe, call)
 
         def on_step(done: int, latents: torch.Tensor | None) -> None:
             small = preview.after(done, latents)
             link = job.progress.preview if small is None else media.data_url(small)
-            job.progress = Progress(name, done, total, link)
+            job.progress = Progress(name, done, total, link, part)
 
         on_gpu = studio.device.type == "cuda"
         if on_gpu:
@@ -372,6 +378,7 @@ class Workshop:
     ) -> Tuned:
         job.progress = Progress(f"loading {settings.model}")
         studio = self.studio(settings.model)
+        job.progress = Progress("starting the search")
         call = studio.model.call | settings.call
 
         def check(*_: Any) -> None:
@@ -381,7 +388,7 @@ class Workshop:
 
         def on_progress(now: Any) -> None:
             left = f"{now.doing}, at most {_time(now.seconds_left)} left"
-            job.progress = Progress(left, round(now.runs), round(now.most_runs))
+            job.progress = Progress(left, round(now.runs), round(now.most_runs), unit="run")
             check()
 
         with ExitStack() as hooks, remarks_of(job):

@@ -120,6 +120,8 @@ def _shoot_tabs(page: Any, width: int, scheme: str, out: Path) -> None:
 
 
 def _shoot(page: Any, path: Path) -> None:
+    # What the mouse happens to point at would look different.
+    page.mouse.move(1, 1)
     page.wait_for_timeout(700)
     page.screenshot(path=path, full_page=True)
     click.echo(path)

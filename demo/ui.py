@@ -122,7 +122,7 @@ class Page:
                     self.stop = gr.Button("Stop", interactive=False, elem_id="bc-stop", scale=1)
             with gr.Column(scale=9, min_width=280, elem_id="bc-stage"):
                 self.status = gr.HTML(elem_id="bc-status")
-                self.result = gr.HTML(panels.WELCOME, elem_id="bc-result")
+                self.result = gr.HTML(panels.welcome(), elem_id="bc-result")
 
     def _way_controls(self) -> None:
         gr = self.gr
@@ -132,7 +132,7 @@ class Page:
             list(BUDGETS),
             value="balanced",
             label="Preset",
-            info=f"Share of the steps computed: {words}.",
+            info=f"Steps computed: {words}.",
         )
         low, high, value = _TARGETS
         self.target = gr.Slider(
@@ -178,14 +178,19 @@ class Page:
                 self.prompts = gr.Textbox(
                     "\n".join(defaults.prompts),
                     label="Prompts, one a line",
-                    info="The kind the plan is for. A third is searched on, the others check.",
+                    info="A third of them is searched on, the others check.",
                     lines=8,
                     max_lines=16,
                     max_length=64 * limits.prompt,
                 )
                 self.goal = gr.Radio(list(_GOALS), value="PSNR, dB", label="What you ask for")
                 self.wanted = gr.Number(_GOALS["PSNR, dB"][1], label="At least")
-                self.effort = gr.Radio(["quick", "full"], value="quick", label="Search")
+                self.effort = gr.Radio(
+                    ["quick", "full"],
+                    value="quick",
+                    label="Search",
+                    info="“full” may take three times as many runs.",
+                )
                 self.minutes = gr.Slider(
                     1,
                     max(1, limits.minutes),
@@ -202,7 +207,7 @@ class Page:
                 self.tune_status = gr.HTML(panels.TUNE_WELCOME)
                 self.tuned = gr.HTML()
                 self.apply = gr.Button(
-                    "Use this plan in Compare", visible=False, elem_id="bc-apply"
+                    "Use this plan in Compare", variant="primary", visible=False, elem_id="bc-apply"
                 )
 
     def _browse_tab(self) -> None:
@@ -553,9 +558,10 @@ class Page:
         items = folder.ordered(order)
         last = browse.pages(items)
         here = min(max(1, int(page or 1)), last)
+        where = f" Page {here} of {last}." if last > 1 else ""
         return {
             self.grid: browse.grid(items, here - 1),
-            self.about: panels.small(f"{folder.about}. Page {here} of {last}."),
+            self.about: panels.small(f"{folder.about}.{where} Choose one to see it large."),
             self.page_number: gr.update(value=here, maximum=last, visible=last > 1),
         }
 

@@ -2,13 +2,13 @@
 
 import json
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 import tiny_pipelines
 from blockcache.demo.runs import Workshop
+from blockcache.demo.settings import Limits
 from demo_toys import ASKED, Gate, finished
 
 
@@ -30,14 +30,17 @@ def gate(shop: Workshop) -> Iterator[Gate]:
 
 
 @pytest.fixture(scope="session")
-def video_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Wan pipeline with random weights, as a folder."""
+def video_shop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workshop]:
+    """A Wan pipeline with random weights, loaded from a folder."""
     pipe, call = tiny_pipelines.BUILDERS["wan"]()
     folder = tmp_path_factory.mktemp("models") / "random-wan"
     pipe.save_pretrained(folder)
     plain = {k: v for k, v in call.items() if isinstance(v, (int, float)) and k != "generator"}
     (folder / "blockcache.json").write_text(json.dumps(plain))
-    return folder
+    workshop = Workshop([str(folder)], folder.parent / "visits", limits=Limits(steps=10))
+    workshop.studio(str(folder))
+    yield workshop
+    workshop.close()
 
 
 @pytest.fixture

@@ -15,7 +15,6 @@ import blockcache
 from blockcache.demo import browse
 from blockcache.demo.app import serve
 from blockcache.demo.runs import Workshop
-from blockcache.demo.settings import Limits
 from blockcache.pipelines import compare as writer
 from demo_toys import PROMPT, STEPS
 
@@ -24,6 +23,11 @@ pytest.importorskip("playwright", reason="tests of the page need Playwright")
 
 pytestmark = pytest.mark.slow
 
+# What reaches beyond the window, outside of what has its own scroll bar.
+BEYOND = """() => [...document.querySelectorAll("main *")]
+  .filter((e) => e.offsetParent && e.getBoundingClientRect().right > innerWidth + 1)
+  .filter((e) => !e.closest(".bc-scroll"))
+  .map((e) => e.outerHTML.slice(0, 120))"""
 HOSTILE = "<img src=x onerror=window.hacked=1><script>window.hacked=1</script> ${window.hacked=1}"
 
 
@@ -64,28 +68,56 @@ def address(shop, folder, tmp_path_factory):
     assert not out.exists()
 
 
-@pytest.fixture
-def visitor(chromium, address):
-    """`visitor("?seed=3", width=400)`: a page of a new visitor, which complains of every error."""
-    contexts, wrong = [], []
+@pytest.fixture(scope="session")
+def seats(chromium):
+    """Where visitors sit: one has nothing of the other's, and what was fetched once is kept."""
+    contexts = [chromium.new_context() for _ in range(2)]
+    yield contexts
+    for context in contexts:
+        context.close()
 
-    def open_page(query="", width=1280, context=None, at=address, **more):
-        context = context or chromium.new_context(
-            viewport={"width": width, "height": 900}, accept_downloads=True, **more
-        )
-        contexts.append(context)
-        page = context.new_page()
-        page.set_default_timeout(120_000)
-        page.on("pageerror", lambda error: wrong.append(f"error: {error}"))
-        page.on("console", lambda said: said.type == "error" and wrong.append(said.text))
-        page.on("request", lambda asked: _is_foreign(asked.url, at) and wrong.append(asked.url))
-        page.goto(at + query)
+
+def watched(page, at, wrong):
+    """The page, which notes in `wrong` whatever goes wrong on it."""
+    page.set_default_timeout(120_000)
+    page.on("pageerror", lambda error: wrong.append(f"error: {error}"))
+    page.on("console", lambda said: said.type == "error" and wrong.append(said.text))
+    page.on("request", lambda asked: _is_foreign(asked.url, at) and wrong.append(asked.url))
+    return page
+
+
+@pytest.fixture
+def visitor(seats, address):
+    """`visitor("?seed=3", width=400)`: a page of a new visitor, which complains of every error."""
+    pages, wrong = [], []
+
+    def open_page(query="", width=1280, at=address, color_scheme="light"):
+        page = seats[len(pages)].new_page()
+        pages.append(page)
+        page.set_viewport_size({"width": width, "height": 900})
+        page.emulate_media(color_scheme=color_scheme)
+        watched(page, at, wrong).goto(at + query)
         return page
 
     open_page.wrong = wrong
     yield open_page
-    for context in contexts:
-        context.close()
+    for page in pages:
+        # The next one in this seat is somebody else.
+        page.evaluate("localStorage.clear()")
+        page.close()
+    assert wrong == []
+
+
+@pytest.fixture(scope="module")
+def made(chromium, address):
+    """A page on which somebody has compared a hostile prompt; to be looked at, not changed."""
+    wrong = []
+    context = chromium.new_context(viewport={"width": 1280, "height": 900})
+    page = watched(context.new_page(), address, wrong)
+    page.goto(address)
+    generate(page, prompt=HOSTILE)
+    yield page
+    context.close()
     assert wrong == []
 
 
@@ -158,9 +190,8 @@ def test_generate_both_and_move_the_border(shop, visitor):
     assert float(border.input_value()) == pytest.approx(80, abs=2)
 
 
-def test_why_tells_the_numbers_on_hovering(visitor):
-    page = visitor()
-    generate(page)
+def test_why_tells_the_numbers_on_hovering(made):
+    page = made
     tab(page, "Why")
     cells = page.locator('svg[aria-label^="Step by block"] rect')
     assert cells.count() == 14 * STEPS
@@ -308,9 +339,8 @@ def test_two_visitors_wait_for_each_other(visitor, gate):
 # ---- hostile ------------------------------------------------------------------------------------
 
 
-def test_html_in_a_prompt_is_text(visitor):
-    page = visitor()
-    generate(page, "fast", prompt=HOSTILE)
+def test_html_in_a_prompt_is_text(made):
+    page = made
     for name in ("Why", "Explore", "Compare"):
         tab(page, name)
         page.wait_for_timeout(100)
@@ -399,12 +429,14 @@ def test_what_lies_in_a_visit_is_served_and_nothing_else(shop, address, tmp_path
     with urllib.request.urlopen(route + quote(str(visit.folder / "a.png"))) as answer:
         assert answer.read() == b"picture"
         assert "default-src 'self'" in answer.headers["content-security-policy"]
+    with pytest.raises(urllib.error.HTTPError, match="403"):
+        urllib.request.urlopen(route + quote(str(visit.folder / "link.png")))
 
 
 # ---- other modes --------------------------------------------------------------------------------
 
 
-def test_browse_a_folder(visitor):
+def test_browse_a_folder(visitor, folder):
     page = visitor()
     tab(page, "Browse")
     tiles = page.locator(".bc-tile")
@@ -416,6 +448,11 @@ def test_browse_a_folder(visitor):
     images.first.wait_for()
     assert images.first.get_attribute("alt") == f"Uncached: {PROMPT}"
     assert images.first.evaluate("element => element.naturalWidth") == 768
+    row = json.loads((folder / "compare.json").read_text())["items"][0]
+    assert figure(page, "PSNR", "#bc-opened") == pytest.approx(row["psnr_db"], abs=0.051)
+    assert figure(page, "Computed", "#bc-opened") == pytest.approx(
+        100 * row["computed_fraction"], 1
+    )
 
 
 def test_browsing_alone_needs_no_model(chromium, folder, tmp_path):
@@ -434,10 +471,8 @@ def test_browsing_alone_needs_no_model(chromium, folder, tmp_path):
         shop.close()
 
 
-def test_videos_play_together(visitor, video_folder, tmp_path):
-    shop = Workshop([str(video_folder)], tmp_path / "visits", limits=Limits(steps=10))
-    shop.studio(str(video_folder))
-    served, local = serve(shop, [], tmp_path)
+def test_videos_play_together(visitor, video_shop):
+    served, local = serve(video_shop, [], video_shop.visits.open().folder.parents[1])
     try:
         page = ready(visitor(at=local))
         page.get_by_label("Prompt", exact=True).fill("a small red robot")
@@ -446,6 +481,8 @@ def test_videos_play_together(visitor, video_folder, tmp_path):
         videos = page.locator(".bc-screens video")
         assert videos.count() == 2
         for video in videos.all():
+            poster = "v => fetch(v.poster).then(r => r.headers.get('content-type'))"
+            assert video.evaluate(poster) == "image/png"
             video.evaluate("v => v.readyState >= 1 || new Promise(r => v.onloadedmetadata = r)")
             assert video.evaluate("v => v.duration") > 0
         page.get_by_role("button", name="Play both").click()
@@ -463,25 +500,26 @@ def test_videos_play_together(visitor, video_folder, tmp_path):
         assert both.get_attribute("src").endswith("side-by-side.mp4")
     finally:
         served.close()
-        shop.close()
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_it_fits_a_narrow_screen(visitor, scheme):
-    page = visitor(width=400, color_scheme=scheme)
+def test_it_fits_a_narrow_screen(visitor, made):
+    page = visitor(width=400, color_scheme="dark")
     generate(page, "fast")
-    for name in ("Compare", "Why", "Explore", "Tune"):
-        page.get_by_role("tab", name=name, exact=True).first.evaluate("e => e.click()")
-        page.wait_for_timeout(200)
-        assert page.evaluate("document.documentElement.scrollWidth") <= 400, name
-    is_dark = page.evaluate("document.body.classList.contains('dark')")
-    assert is_dark == (scheme == "dark")
+    dark = "document.body.classList.contains('dark')"
+    assert page.evaluate(dark) and not made.evaluate(dark)
+    for _ in ("dark", "light"):
+        for name in ("Compare", "Why", "Explore", "Tune"):
+            page.get_by_role("tab", name=name, exact=True).first.evaluate("e => e.click()")
+            page.wait_for_timeout(100)
+            assert page.evaluate("document.documentElement.scrollWidth") <= 400, name
+            # What does not fit is neither scrolled to nor seen.
+            assert page.evaluate(BEYOND) == [], name
+        page.evaluate("document.body.classList.remove('dark')")
 
 
-def test_everything_has_a_name(visitor):
+def test_everything_has_a_name(made):
     """Every field, button and picture says what it is to those who do not see it."""
-    page = visitor()
-    generate(page, "fast")
+    page = made
     nameless = """() => [...document.querySelectorAll("input, textarea, button, img, video")]
       .filter((e) => e.offsetParent && e.type !== "file")
       .filter((e) => !(e.labels?.length || e.getAttribute("aria-label") || e.alt

@@ -123,6 +123,24 @@ def test_the_front():
     assert plots.pareto([]) == []
 
 
+def test_the_front_is_named():
+    dots = [
+        plots.Dot("1", 1.0, 20.0, "tip", "fast", is_front=True),
+        plots.Dot("2", 2.0, 30.0, "tip", "x" * 60, is_front=True),
+        plots.Dot("3", 3.0, 25.0, "tip", "beaten"),
+    ]
+    html = plots.plane(dots, 4.0)
+    assert ">fast</text>" in html and f">{'x' * 25}…</text>" in html
+    assert "beaten" not in html
+
+
+def test_the_idea_is_drawn_with_the_steps_of_the_preset():
+    """Two grids of 6 x 30; of the second one a third of the columns."""
+    drawn = panels.welcome()
+    assert drawn.count('class="bc-computed"/>') == 6 * (30 + 10)
+    assert drawn.count('class="bc-reused"/>') == 6 * 20
+
+
 def test_ticks_are_round():
     assert plots._ticks(0, 9.6, 5) == [0, 2, 4, 6, 8]
     assert plots._ticks(0, 0.13, 5) == [0, 0.05, 0.1]
@@ -155,6 +173,9 @@ def test_labels_stay_in_their_half(text):
     right = np.asarray(media.shown(grey, media.Label(text, "right")))
     assert (left != plain)[:, :half].any() and (left == plain)[:, half:].all()
     assert (right != plain)[:, half:].any() and (right == plain)[:, :half].all()
+    alone = np.asarray(media.shown(grey, media.Label(text, is_alone=True)))
+    assert (alone != plain).any(2).sum() > (left != plain).any(2).sum()
+    assert (alone == plain)[:, -8:].all()
 
 
 # ---- folders ------------------------------------------------------------------------------------
@@ -233,5 +254,11 @@ def test_what_cannot_be_browsed(tmp_path, folder):
 def test_figures_show_text_as_text():
     dot = plots.Dot("1", 1.0, 30.0, HOSTILE)
     assert "<img" not in plots.plane([dot], 2.0) and "&lt;img" in plots.plane([dot], 2.0)
-    for html in (panels.alert(HOSTILE), panels.said([HOSTILE]), panels.header(HOSTILE)):
+    for html in (
+        panels.alert(HOSTILE),
+        panels.remark(HOSTILE),
+        panels.verdict(2.0, HOSTILE),
+        panels.said([HOSTILE]),
+        panels.header(HOSTILE),
+    ):
         assert "<img" not in html and "&lt;img" in html
