@@ -24,10 +24,11 @@ demo: $(STAMP)
 	$(BIN)/blockcache demo $(ARGS)
 
 # One thread for each process: the tensors are tiny, and results do not depend on the machine.
-# ARGS are pytest's: make test ARGS='-m "not slow" tests/engine'
+# ARGS are pytest's: make test ARGS='-m "not slow" tests/engine'; JOBS=0 runs all in one process.
+JOBS ?= $(shell n=$$(nproc 2>/dev/null || sysctl -n hw.ncpu 2>/dev/null || echo 1); echo $$((n < 4 ? n : 4)))
 test: $(STAMP)
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false \
-		$(BIN)/python -m pytest $(ARGS)
+		$(BIN)/python -m pytest --numprocesses $(JOBS) --dist worksteal $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check
