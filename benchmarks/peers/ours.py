@@ -20,7 +20,7 @@ GOALS = (45, 40, 35, 30)
 
 _STEP_SHARES = (0.8, 0.66, 0.5, 0.4, 0.34, 0.28, 0.24, 0.2, 0.16, 0.12)
 # The presets are three more of the first ones.
-_BUDGETS = (0.6, 0.4, 0.24, 0.2, 0.12)
+_BUDGETS = (0.6, 0.4, 0.24, 0.2, 0.12, 0.1)
 _TRACED_BUDGETS = (0.6, 0.4, 0.32, 0.24, 0.18, 0.14)
 
 What = Recipe | Plan | str
@@ -39,6 +39,7 @@ def contenders(ground: Ground, plans: dict[str, Plan]) -> Iterator[Contender]:
         yield _ours("tuned", name, plan, mark)
         yield from _same_levels(name, plan, mark)
     for budget in _BUDGETS:
+        yield _ours("corrected", f"budget {budget:g}", blockcache.recipes.corrected(budget))
         yield _ours("geometric", f"budget {budget:g}", blockcache.recipes.geometric(budget))
     for budget in _TRACED_BUDGETS:
         yield _ours("dp_cache", f"budget {budget:g}", partial(_dp_cache, budget))

@@ -11,6 +11,9 @@ from blockcache.plan.steps import Step
 ShareOrCount = Annotated[float, Field(ge=0, le=10**6)]
 """Below 1 a share of all, rounded; from 1 on a count."""
 
+Layers = ShareOrCount | tuple[Count, ...]
+"""A share or a count of the first layers, or the numbers of some."""
+
 Backend = Literal["auto", "torch", "triton", "flex", "flashinfer", "sparge"]
 
 
@@ -22,7 +25,8 @@ class Sparse:
     dense_steps: first steps that stay dense, a share of the run (below 1) or a count; 0.2 is what
     papers take for quality, 0.1 for speed. Early steps decide the layout.
     dense_last: last steps that stay dense.
-    dense_layers: first layers that stay dense, a share or a count.
+    dense_layers: first layers that stay dense, a share or a count; or the numbers of the layers that
+    do, from 0, for example those whose attention is spread over everything.
     refresh: plan anew at every n-th step, whatever the planner remembers; 0 leaves it to the
     planner.
     max_density: a site whose plan keeps more than this share of the blocks is given up for some
@@ -38,7 +42,7 @@ class Sparse:
     planner: PlannerSpec
     dense_steps: ShareOrCount = 0.2
     dense_last: Count = 0
-    dense_layers: ShareOrCount = 0.03
+    dense_layers: Layers = 0.03
     refresh: Count = 0
     max_density: Annotated[float, Field(gt=0, le=1)] = 0.6
     min_length: Count | None = None
@@ -49,7 +53,7 @@ class Sparse:
         """A count is a whole number."""
         for name in ("dense_steps", "dense_layers"):
             amount = getattr(self, name)
-            if amount >= 1 and amount != int(amount):
+            if not isinstance(amount, tuple) and amount >= 1 and amount != int(amount):
                 raise ValueError(f"{name}: {amount} is neither a share below 1 nor a whole count")
 
     def dense_because(self, step: Step, layer: int, layers: int) -> str:
@@ -58,9 +62,9 @@ class Sparse:
             return "first steps"
         if step.index >= step.total - self.dense_last:
             return "last steps"
-        if layer < _count(self.dense_layers, layers):
-            return "first layers"
-        return ""
+        if isinstance(self.dense_layers, tuple):
+            return "dense layers" * (layer in self.dense_layers)
+        return "first layers" * (layer < _count(self.dense_layers, layers))
 
     def refreshes(self, step: Step) -> bool:
         """Whether planners are asked to plan anew in this step."""

@@ -20,7 +20,7 @@ import numpy as np
 from blockcache.errors import PlanError
 from blockcache.plan import Predictor, Step, Taylor
 from blockcache.plan.paths import Floats, Path, cheapest_forecast
-from blockcache.plan.policies.static import geometric_steps
+from blockcache.plan.policies.static import bathtub_steps, geometric_steps
 from blockcache.plan.trace import Trace
 
 AMPLIFICATIONS = (1.0, 3.0, 10.0)
@@ -73,16 +73,18 @@ class Screen:
         return float((self._plain[before, list(computed), ends] * factor**2).sum())
 
     def candidates(self, budget: int) -> Iterator[Candidate]:
-        """Different masks that compute `budget` steps, the geometric one among them."""
+        """Different masks that compute `budget` steps, the uncalibrated ones among them."""
         seen: set[Path] = set()
         for amplification in AMPLIFICATIONS:
             path = cheapest_forecast(self.costs(amplification), budget)
             if path not in seen:
                 seen.add(path)
                 yield Candidate(f"screened {amplification:g}", path)
-        geometric = geometric_steps(budget, self.total)
-        if geometric not in seen:
-            yield Candidate("geometric", geometric)
+        for make in (bathtub_steps, geometric_steps):
+            path = make(budget, self.total)
+            if path not in seen:
+                seen.add(path)
+                yield Candidate(make.__name__.removesuffix("_steps"), path)
 
     def _segments(self, gram: Floats) -> Floats:
         total = self.total

@@ -18,7 +18,7 @@ Axis = Literal["forecast", "payload", "site", "guidance", "attention"]
 
 AXES: dict[str, tuple[Axis, ...]] = {
     "full": ("forecast", "payload", "site", "guidance", "attention"),
-    "quick": ("forecast", "payload"),
+    "quick": ("forecast",),
 }
 SUB_LAYERS = Site("attn")
 """Stands for attentions, cross-attentions and MLPs alike."""

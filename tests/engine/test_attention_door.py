@@ -169,6 +169,8 @@ def test_without_a_sparse_step_the_output_is_the_hosts_bit_for_bit(shared):
         (dict(dense_steps=1, dense_last=2), {1}, {0, 1, 2, 3}),
         (dict(dense_layers=0.5), {0, 1, 2, 3}, {2, 3}),
         (dict(dense_layers=3), {0, 1, 2, 3}, {3}),
+        (dict(dense_layers=(0, 2)), {0, 1, 2, 3}, {1, 3}),
+        (dict(dense_layers=()), {0, 1, 2, 3}, {0, 1, 2, 3}),
     ],
 )
 def test_steps_and_layers_that_stay_dense(settings, steps, layers, shared, seen):
@@ -684,8 +686,11 @@ def test_a_backend_that_cannot_run_is_refused():
 def test_plans_keep_the_sparse_rule(tmp_path):
     recipe = Recipe(
         (Rule(Site("stack"), Every(2)),),
-        sparse=Sparse(by_name("cubes", density=0.3), dense_steps=0.1, refresh=4, budget_mib=64.0),
-    )
+        sparse=Sparse(
+            by_name("cubes", density=0.3), dense_steps=0.1, dense_layers=(2, 5), refresh=4,
+            budget_mib=64.0,
+        ),
+    )  # fmt: skip
     model, _ = wan()
     plan = blockcache.plan_for(model, recipe, steps=8)
     plan.save(tmp_path / "plan.json")
@@ -700,6 +705,8 @@ def test_plans_keep_the_sparse_rule(tmp_path):
         (dict(dense_steps=-1), "dense_steps"),
         (dict(dense_steps=1.5), "neither a share below 1 nor a whole count"),
         (dict(dense_layers=float("nan")), "dense_layers"),
+        (dict(dense_layers=(1, -1)), "dense_layers"),
+        (dict(dense_layers=(0.5,)), "dense_layers"),
         (dict(max_density=0.0), "max_density"),
         (dict(max_density=1.1), "max_density"),
         (dict(budget_mib=-1.0), "budget_mib"),

@@ -5,6 +5,7 @@ import pytest
 
 from blockcache.errors import PlanError
 from blockcache.plan import Copy, Taylor, even_steps, steps_from_sigmas
+from blockcache.plan.policies.static import bathtub_steps, geometric_steps
 from blockcache.plan.trace import Place, SiteTrace, Trace
 from blockcache.tuning.screening import Screen, strides
 
@@ -64,11 +65,12 @@ def test_the_screened_mask_is_the_best_of_all_masks(values):
     assert found["screened 1"] == min(masks, key=screen.cost)
 
 
-def test_candidates_are_different_and_hold_the_geometric_one(values):
+def test_candidates_are_different_and_hold_the_uncalibrated_ones(values):
     for budget in (2, 4, 7):
         found = [c.computed for c in Screen(trace_of(values)).candidates(budget)]
         assert len(set(found)) == len(found) >= 1
         assert all(len(c) == budget and c[0] == 0 for c in found)
+        assert {geometric_steps(budget, T), bathtub_steps(budget, T)} <= set(found)
 
 
 def test_branches_add_up(values):
