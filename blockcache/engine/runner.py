@@ -518,7 +518,8 @@ class Runner:
         if rows is not None:
             payload = branch.mixed_payload(unit, payload, rows)
         elif unit.row == 0 and unit.history:
-            signals.note_drift(branch, unit, forward.step, payload)
+            older = [anchor.payload for anchor in unit.history]
+            signals.note_drift(branch, payload, older, branch.weights(unit, forward.step))
         if unit.history and unit.history[0].step == forward.step:
             # From the first attempt at a step that is computed again.
             unit.history.popleft()
@@ -534,7 +535,12 @@ class Runner:
         rule = self.recipe.rules[cell.rule]
         if cell.history and cell.history[0][0] == forward.step:
             cell.history.popleft()
-        cell.history.appendleft((forward.step, cell.values(rule, entered, output)))
+        fresh = cell.values(rule, entered, output)
+        if cell.part is None and cell.history:
+            older = [values for _, values in cell.history]
+            weights = rule.predictor.weights(forward.step, cell.steps)
+            signals.note_drift(forward.branch, fresh, older, weights)
+        cell.history.appendleft((forward.step, fresh))
         forward.has_stored = True
 
     def _is_needed(self, branch: Branch, unit: Unit | Cell, step: Step) -> bool:

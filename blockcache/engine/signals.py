@@ -244,21 +244,24 @@ def token_sums(unit: "Unit") -> torch.Tensor:
     return both[..., :channels].float().flatten(2, -2).sum(2).flatten(1)
 
 
-def note_drift(branch: "Branch", unit: "Unit", step: Step, payload: Values) -> None:
+def note_drift(
+    branch: "Branch", payload: Values, older: Sequence[Values], weights: Sequence[float]
+) -> None:
     """Compare a fresh payload with the last one, and with what reuse would have given instead.
 
     Estimated on a sample of the main stream; nothing is read from the device.
+    older: the stored payloads, newest first, to which `weights` belong.
     """
     name, fresh = next(iter(payload.items()))
-    history = [anchor.payload.get(name) for anchor in unit.history]
+    history = [values.get(name) for values in older]
     anchors = [_sample(old) for old in history if old is not None and old.shape == fresh.shape]
-    if len(anchors) != len(unit.history):
+    if len(anchors) != len(history):
         return
     sample = _sample(fresh)
     if not branch.deciders:
         branch.stats.changes.append(relative_change(sample, anchors[0]))
     predicted = torch.zeros_like(sample)
-    for weight, anchor in zip(branch.weights(unit, step), anchors, strict=False):
+    for weight, anchor in zip(weights, anchors, strict=False):
         predicted.add_(anchor, alpha=weight)
     branch.stats.drift.append(relative_change(predicted, sample))
 
