@@ -63,7 +63,7 @@ def _row(name: str) -> Row:
         paper(make),
         _joined(f"{_site(rule)} {rule.payload}" for rule in rules),
         _joined(_when(rule.policy, needed) for rule in rules),
-        _joined(type(rule.predictor).__name__ + _values(rule.predictor) for rule in rules),
+        _joined(map(_how, rules)),
         _joined(type(g).__name__ + _values(g) for rule in rules for g in rule.guards) or "-",
         {"trace": "trace", "score": "real runs"}.get("".join(needed), "no"),
         _state(recipe),
@@ -123,13 +123,18 @@ def _values(spec: Any) -> str:
     return f"({shown})" if short else ""
 
 
+def _how(rule: Rule) -> str:
+    parts = [part for part in (rule.predictor, rule.corrector) if part is not None]
+    return " + ".join(type(part).__name__ + _values(part) for part in parts)
+
+
 def _joined(parts: Iterable[str]) -> str:
     return "; ".join(dict.fromkeys(parts))
 
 
 def _state(recipe: Recipe) -> str:
     """Bytes of state per branch for FLUX.1-dev at 1024 px in bf16."""
-    size = sum(_payload(rule) * rule.predictor.depth + _reference(rule) for rule in recipe.rules)
+    size = sum(_payload(rule) * rule.depth + _reference(rule) for rule in recipe.rules)
     return f"{size / _MIB:,.0f} MiB" if size >= _MIB else f"{size / 1024:,.0f} KiB"
 
 
