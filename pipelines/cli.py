@@ -5,7 +5,7 @@ import json
 import os
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,8 @@ from blockcache.errors import BlockCacheError
 from blockcache.pipelines.options import bar, common_options, debug_option, loaded
 
 FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
+_WIDE = 150
+"""Columns from which on a terminal has room for whole tables."""
 # Commands with files of their own, loaded when they are asked for.
 _ELSEWHERE = {
     "demo": "blockcache.demo.app",
@@ -187,7 +189,7 @@ def recipes() -> None:
     presets = [(word, f"{share:.0%} of the steps computed") for word, share in BUDGETS.items()]
     _show("Presets", ("name", "what"), presets)
     rows = recipe_table.rows()
-    _show("Recipes", recipe_table.COLUMNS, [row.cells() for row in rows])
+    _show("Recipes", recipe_table.COLUMNS, [row.cells() for row in rows], recipe_table.LESS_URGENT)
     _show("Settings", ("recipe", "settings"), [(row.name, row.settings) for row in rows])
 
 
@@ -233,17 +235,27 @@ def show(file: Path) -> None:
         console.print(line, soft_wrap=True)
 
 
-def _show(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+def _show(
+    title: str,
+    columns: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    less_urgent: Collection[str] = (),
+) -> None:
+    """Print a table; without the less urgent columns where the terminal is narrow."""
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
-    for column in columns:
-        table.add_column(column, header_style="dim")
-    for row in rows:
-        table.add_row(*row)
     console = Console()
+    is_narrow = console.width < _WIDE
+    shown = [i for i, c in enumerate(columns) if not (is_narrow and c in less_urgent)]
+    table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
+    for i in shown:
+        table.add_column(columns[i], header_style="dim", no_wrap=i == 0)
+    for row in rows:
+        table.add_row(*(row[i] for i in shown))
     console.print(table)
+    if len(shown) < len(columns):
+        console.print(f"{', '.join(less_urgent)}: in a terminal of {_WIDE} columns", style="dim")
     console.print()
 
 

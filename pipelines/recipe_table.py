@@ -15,6 +15,7 @@ from blockcache.plan.policies import StaticPolicy
 from blockcache.plan.trace import Place, SiteTrace, Trace
 
 COLUMNS = ("recipe", "paper", "what", "when", "how", "guards", "calibrated", "state")
+LESS_URGENT = ("how", "guards", "state")
 
 # FLUX.1-dev at 1024 x 1024 px: image and text tokens, width, blocks; 2 bytes each.
 _TOKENS, _WIDTH, _BLOCKS, _LATENTS = 4096 + 512, 3072, 57, 4096 * 64
