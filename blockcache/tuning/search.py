@@ -7,6 +7,7 @@ from blockcache.plan import Recipe
 from blockcache.plan.paths import Path
 from blockcache.tuning.scoring import Distance, Scorer, score
 from blockcache.tuning.screening import Screen
+from blockcache.tuning.shapes import Shape
 from blockcache.tuning.stage import Item
 
 _REACH = 3
@@ -19,11 +20,15 @@ _AMPLIFICATION = 3.0
 
 @dataclass(frozen=True)
 class Found:
-    """A mask and its runs. origin: how it was found. distances: per calibration item."""
+    """A mask and its runs.
+
+    origin: how it was found. distances: per calibration item. shape: what it was run with.
+    """
 
     origin: str
     computed: Path
     distances: tuple[Distance, ...]
+    shape: Shape = Shape()
 
     @property
     def score(self) -> float:
@@ -34,7 +39,7 @@ class Found:
 class Search:
     """Finds good masks by real runs.
 
-    make: gives the recipe of a mask.
+    make: gives the recipe of a mask. shape: what masks are tried with now.
     """
 
     def __init__(
@@ -42,10 +47,17 @@ class Search:
         screen: Screen,
         scorer: Scorer,
         items: Sequence[Item],
-        make: Callable[[Path], Recipe],
+        make: Callable[[Path, Shape], Recipe],
+        shape: Shape = Shape(),  # noqa: B008
     ) -> None:
         self.screen, self.scorer, self.items, self.make = screen, scorer, items, make
+        self.shape = shape
         self.tried: dict[Path, Found] = {}
+
+    def use(self, found: Found) -> None:
+        """Go on with the shape of `found`; what was tried with another says nothing about it."""
+        if found.shape != self.shape:
+            self.shape, self.tried = found.shape, {found.computed: found}
 
     def best_of(self, masks: Sequence[tuple[str, Path]]) -> Found:
         """The best of some masks; all but the first may be given up half way."""
@@ -79,14 +91,15 @@ class Search:
     def _better(self, origin: str, computed: Path, best: Found | None) -> Found:
         known = self.tried.get(computed)
         if known is None:
-            recipe = self.make(computed)
+            recipe = self.make(computed, self.shape)
             if best is None:
                 distances: Sequence[Distance] | None = self.scorer.distance(recipe, self.items)
             else:
                 distances = self.scorer.beats(recipe, self.items, best.distances)
             if distances is None and best is not None:
                 return best
-            known = self.tried[computed] = Found(origin, computed, tuple(distances or ()))
+            known = Found(origin, computed, tuple(distances or ()), self.shape)
+            self.tried[computed] = known
         return known if best is None or known.score > best.score + _GAIN_DB else best
 
     def _moves(self, computed: Path) -> Iterator[Path]:

@@ -36,7 +36,7 @@ from blockcache.tuning.goal import Goal, Measure, goal_from, least_pictures
 from blockcache.tuning.scoring import Exhausted, Ledger, Memory, Scorer
 from blockcache.tuning.screening import Screen
 from blockcache.tuning.search import Found, Search
-from blockcache.tuning.shapes import AXES, Shape
+from blockcache.tuning.shapes import AXES, Axis, Shape
 from blockcache.tuning.stage import Item, Stage, items_of
 from blockcache.tuning.trace import only_denoiser, trace_items
 
@@ -56,6 +56,8 @@ _RESERVED = {"full": 9.0, "quick": 3.5}
 """Of those, what the check, the timing and the rivals need."""
 _FIRST_CLIMB = {"full": 24, "quick": 5}
 _NEXT_CLIMB = {"full": 10, "quick": 2}
+_LAST_CLIMB = 20
+"""Before a budget is given up."""
 _MOST_CHECKS = 5
 _RIVAL_ITEMS = 8
 _TIMED_RUNS = 3
@@ -227,7 +229,6 @@ class _Tuner:
         self.doing = "tracing"
         self.best = _Best()
         self.floor_db = quality.CAP_DB
-        self.shape = Shape()
         self.sub_layers = sub_layers
         self._report = on_progress
         self._started = time.monotonic()
@@ -289,9 +290,9 @@ class _Tuner:
         ):
             self.scorer.references[item] = (latents[0], latents[1])
         self._measure_floor()
-        self.shape = Shape.first(strides_of(self.stage.pipe.scheduler) is not None)
+        shape = Shape.first(strides_of(self.stage.pipe.scheduler) is not None)
         self.screen = Screen(self.trace)
-        self.search = Search(self.screen, self.scorer, self.calibration, self._recipe)
+        self.search = Search(self.screen, self.scorer, self.calibration, self._recipe, shape)
 
     def _measure_floor(self) -> None:
         """A pipeline that does not repeat itself cannot promise more than it keeps."""
@@ -312,8 +313,11 @@ class _Tuner:
             )
         logger.warning("two uncached runs of one seed are %.1f dB apart", self.floor_db)
 
-    def _recipe(self, computed: Mask, shape: Shape | None = None) -> Recipe:
-        return (shape or self.shape).recipe(computed, self.trace.sigmas)
+    def _recipe(self, computed: Mask, shape: Shape) -> Recipe:
+        return shape.recipe(computed, self.trace.sigmas)
+
+    def _recipe_of(self, found: Found) -> Recipe:
+        return self._recipe(found.computed, found.shape)
 
     # ---- search --------------------------------------------------------------------------------
 
@@ -334,7 +338,7 @@ class _Tuner:
         """Plans that reach the goal on the calibration items, the fastest first."""
         budget = self._locate()
         found = self._refine(budget, (), _FIRST_CLIMB[self.effort])
-        found = self._choose_shape(found)
+        found = self._choose_shape(found, AXES[self.effort])
         ladder: list[Found] = []
         while self._reaches(found):
             ladder.insert(0, found)
@@ -343,6 +347,10 @@ class _Tuner:
                 return ladder
             shorter = self.search.shorter(found.computed)
             found = self._refine(len(shorter), (("shortened", shorter),), _NEXT_CLIMB[self.effort])
+            if not self._reaches(found) and self.effort == "full":
+                # What suited the longer mask need not suit this one.
+                found = self._choose_shape(found, ("forecast",))
+                found = self.search.climb(found, _LAST_CLIMB)
         while not ladder:
             if len(found.computed) >= self.screen.total - 1:
                 return [found]
@@ -360,14 +368,15 @@ class _Tuner:
             # Nearer the fast end: plans there are the likely ones, and cheaper to try.
             middle = low + max(1, (high - low) // 3) - (1 if high - low == 1 else 0)
             origin, computed = self._screened(middle)
-            figures = self.scorer.figures(self._recipe(computed), self.calibration, self.goal)
+            recipe = self._recipe(computed, self.search.shape)
+            figures = self.scorer.figures(recipe, self.calibration, self.goal)
             if self._is_enough(figures):
                 high = middle
             else:
                 low = middle + 1
             if high == middle or high == self.screen.total - 1:
                 # The fastest that reaches it, or as long as there is none, the nearest.
-                self.best.found = Found(origin, computed, ())
+                self.best.found = Found(origin, computed, (), self.search.shape)
         return low
 
     def _screened(self, budget: int) -> tuple[str, Mask]:
@@ -381,8 +390,8 @@ class _Tuner:
         return self.goal.reaches(float(np.quantile(figures, max(0.0, 1 - asked), method="lower")))
 
     def _reaches(self, found: Found) -> bool:
-        recipe = self._recipe(found.computed)
-        return self._is_enough(self.scorer.figures(recipe, self.calibration, self.goal))
+        figures = self.scorer.figures(self._recipe_of(found), self.calibration, self.goal)
+        return self._is_enough(figures)
 
     def _refine(self, budget: int, more: Sequence[tuple[str, Mask]], climb: int) -> Found:
         self.doing = f"searching {budget} of {self.screen.total} steps"
@@ -392,25 +401,23 @@ class _Tuner:
             self.best.found = found
         return self.search.climb(found, climb)
 
-    def _choose_shape(self, found: Found) -> Found:
+    def _choose_shape(self, found: Found, axes: Sequence[Axis]) -> Found:
         """The best way to reuse, one axis after the other, all in the time of the mask found."""
         branches = len(self.trace.branches)
-        for axis in AXES[self.effort]:
+        for axis in axes:
             self.doing = f"choosing the {axis}"
-            best, best_shape = found, self.shape
-            for shape in self.shape.variants(axis, branches, self.sub_layers):
+            best = found
+            for shape in found.shape.variants(axis, branches, self.sub_layers):
                 tried = self._in_the_same_time(found, shape, best)
                 if tried is not None and tried.score > best.score:
-                    best, best_shape = tried, shape
-            if best is not found:
-                # What was tried belongs to another way of reusing.
-                self.shape, self.search.tried = best_shape, {best.computed: best}
-                found = best
+                    best = tried
+            found = best
+            self.search.use(found)
         return found
 
     def _in_the_same_time(self, found: Found, shape: Shape, best: Found) -> Found | None:
         """`shape` with as many steps as take the time of `found`; None where `best` is better."""
-        slower = self._slower_by(found.computed, shape)
+        slower = self._slower_by(found, shape)
         if slower is None:
             return None
         ms, total = self.trace.milliseconds, self.screen.total
@@ -424,21 +431,21 @@ class _Tuner:
             computed = (self.search.longer if is_short else self.search.shorter)(computed)
         recipe = self._recipe(computed, shape)
         distances = self.scorer.beats(recipe, self.calibration, best.distances)
-        return None if distances is None else Found(found.origin, computed, tuple(distances))
+        return None if distances is None else Found(found.origin, computed, tuple(distances), shape)
 
-    def _slower_by(self, computed: Mask, shape: Shape) -> float | None:
+    def _slower_by(self, found: Found, shape: Shape) -> float | None:
         """Seconds that a run takes longer with `shape`; None where it does nothing here."""
-        if shape.takes_as_long_as(self.shape):
+        if shape.takes_as_long_as(found.shape):
             return 0.0
-        item, theirs = self.calibration[0], self._recipe(computed, shape)
-        what = f"against {self.shape.name}"
+        item, theirs = self.calibration[0], self._recipe(found.computed, shape)
+        what = f"against {found.shape.name}"
         known = self.scorer.memory.find(theirs, item, what)
         if known is None:
-            known = {"slower_s": self._timed_against(self._recipe(computed), theirs, item)}
+            known = {"slower_s": self._timed_against(self._recipe_of(found), theirs, item)}
             # Kept, so that a search that is resumed decides as it did.
             self.scorer.memory.keep(theirs, item, what, known)
-        found: float | None = known["slower_s"]
-        return found
+        seconds: float | None = known["slower_s"]
+        return seconds
 
     def _timed_against(self, ours: Recipe, theirs: Recipe, item: Item) -> float | None:
         seconds: dict[Recipe, list[float]] = {ours: [], theirs: []}
@@ -460,7 +467,7 @@ class _Tuner:
         wanted = float(self.goal.speedup or 1.0)
         budget = self._budget_for(wanted)
         found = self._refine(budget, (), _FIRST_CLIMB[self.effort])
-        found = self._choose_shape(found)
+        found = self._choose_shape(found, AXES[self.effort])
         self.best.found = found
         while (speed := self._speed(found)) < wanted and len(found.computed) > _LEAST_BUDGET:
             # A step less, or as many as it takes.
@@ -487,7 +494,7 @@ class _Tuner:
 
     def _speed(self, found: Found) -> float:
         """Times as fast as uncached, measured in turns on the whole call."""
-        item, recipe = self.calibration[0], self._recipe(found.computed)
+        item, recipe = self.calibration[0], self._recipe_of(found)
         pairs = []
         for _ in range(_TIMED_RUNS):
             plain = self.stage.render(item).seconds
@@ -509,7 +516,7 @@ class _Tuner:
         waiting, level = list(ladder), 1 - self.confidence
         for attempt in range(_MOST_CHECKS):
             found = waiting.pop(0)
-            figures = self.scorer.figures(self._recipe(found.computed), self.check, self.goal)
+            figures = self.scorer.figures(self._recipe_of(found), self.check, self.goal)
             self.best = _Best(found, figures)
             if self.goal.speedup is not None:
                 self.best.is_met = True
@@ -525,6 +532,7 @@ class _Tuner:
 
     def _slower(self, found: Found, short: float) -> Found:
         """The next plan to check: more steps the farther the last one was off."""
+        self.search.use(found)
         extra = max(1, round(short / 2)) if self.goal.name == "psnr_db" else 1
         computed = found.computed
         for _ in range(min(extra, self.screen.total - 1 - len(computed))):
@@ -537,7 +545,7 @@ class _Tuner:
         found = self.best.found
         if found is None:
             raise RuntimeError("no plan")
-        recipe = self._recipe(found.computed)
+        recipe = self._recipe_of(found)
         words = []
         try:
             self.doing = "timing"
@@ -560,7 +568,7 @@ class _Tuner:
         }
         how = (
             f"{len(found.computed)} of {self.screen.total} steps computed; reused: "
-            f"{self.shape.name}; mask {found.origin}"
+            f"{found.shape.name}; mask {found.origin}"
         )
         why = "" if self.best.is_met else self.best.why
         note = "\n".join([*words_for(self.goal, figures, how, why), *words])

@@ -40,7 +40,7 @@ class Screen:
 
 @pytest.fixture
 def search():
-    return Search(Screen(), Scorer(), ITEMS, make=lambda computed: computed)
+    return Search(Screen(), Scorer(), ITEMS, make=lambda computed, shape: computed)
 
 
 def test_the_climb_finds_the_best_mask_and_runs_nothing_twice(search):
