@@ -25,8 +25,8 @@ class Sparse:
     dense_steps: first steps that stay dense, a share of the run (below 1) or a count; 0.2 is what
     papers take for quality, 0.1 for speed. Early steps decide the layout.
     dense_last: last steps that stay dense.
-    dense_layers: first layers that stay dense, a share or a count; or the numbers of the layers that
-    do, from 0, for example those whose attention is spread over everything.
+    dense_layers: first layers that stay dense, a share or a count; or the numbers of those layers,
+    from 0, for example where attention is spread over everything.
     refresh: plan anew at every n-th step, whatever the planner remembers; 0 leaves it to the
     planner.
     max_density: a site whose plan keeps more than this share of the blocks is given up for some

@@ -4,8 +4,9 @@ Kept: a first search with dense attention, whose log-sum-exp is remembered; late
 old log-sum-exp in a single pass over q and k; the same number of blocks in every row; heads whose
 blocks hold more mass give some to those whose hold less. No official code exists; where the paper's
 notes are open: the exponential (they print a logarithm) is of logit - LSE; text is kept outside the
-budget; recall is of the video's mass. Different: the first search's own output is exact. With exact
-masses this is also what other planners are graded by.
+budget; recall is of the video's mass. Different: the first search's own output is exact; a search
+may look at some of the queries only (`row_step`). With exact masses this is also what other
+planners are graded by.
 """
 
 import math
@@ -21,7 +22,7 @@ from blockcache.kernels.select import Count, select_blocks
 from blockcache.plan.geometry import Geometry
 from blockcache.plan.spec import spec
 from blockcache.sparse.base import Card, Context, Decision, Planner, State
-from blockcache.sparse.pieces import Block, Share, bits_bytes, count_for, pack
+from blockcache.sparse.pieces import Block, Positive, Share, bits_bytes, count_for, pack
 from blockcache.sparse.tilings import frame_major
 
 
@@ -31,7 +32,8 @@ class AdaSpa(Planner):
 
     density: kept share of the blocks on average; published 0.2. searches: when to look again, as
     shares of the run; published steps 10 and 30 of 50. The first call always looks. adaptive: let
-    heads differ. recall: kept mass above which a head may give up half of its blocks.
+    heads differ. recall: kept mass above which a head may give up half of its blocks. row_step: a
+    search looks at every `row_step`-th query of a block, a power of two; 2 halves its cost.
     """
 
     density: Share = 0.2
@@ -39,11 +41,19 @@ class AdaSpa(Planner):
     adaptive: bool = True
     recall: Share = 0.8
     block: Block = 64
+    row_step: Positive = 1
 
     card: ClassVar[Card] = Card(
         "2502.21079", "frame-major", "exact block mass", "C: count per row and head",
         state="mask and LSE",
     )  # fmt: skip
+
+    def __post_init__(self) -> None:
+        """Rows are skipped inside a block."""
+        if self.row_step & (self.row_step - 1) or self.row_step > self.block:
+            raise ValueError(
+                f"row_step is {self.row_step}; it must be a power of two up to block ({self.block})"
+            )
 
     def plan(
         self, q: Tensor, k: Tensor, v: Tensor, geometry: Geometry, state: State, context: Context
@@ -62,7 +72,7 @@ class AdaSpa(Planner):
             state.tensors["lse"] = lse if text is None else torch.logaddexp(lse, text[1])
         mass = block_mass(
             q, k, state.tensors["lse"], block_q=self.block, block_k=self.block,
-            scale=context.scale, layout="BHSD",
+            row_step=self.row_step, scale=context.scale, layout="BHSD",
         )  # fmt: skip
         mask = select_blocks(mass, Count(self._counts(mass)))
         state.plan = pack(mask, frame_major(geometry, self.block))

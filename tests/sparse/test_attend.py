@@ -278,6 +278,8 @@ def test_shapes_are_checked():
         ("cubes", {"cube": (4, 0, 4)}, "cube.1: "),
         ("adaspa", {"block": 96}, "96 tokens; it must be a power of two"),
         ("adaspa", {"searches": (1.0,)}, "searches.0: "),
+        ("adaspa", {"row_step": 3}, "row_step is 3; it must be a power of two up to block"),
+        ("adaspa", {"row_step": 128}, "row_step is 128; it must be a power of two up to block"),
         ("xattention", {"tau": 0}, "tau: "),
         ("xattention", {"tau": -0.1}, "tau: "),
         ("xattention", {"block": 100}, "100 tokens; it must be a power of two"),

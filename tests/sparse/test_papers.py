@@ -513,13 +513,14 @@ def test_svg_ear(gamma):
     assert relative(attended.output, exact) < 1e-6
 
 
-@pytest.mark.parametrize("adaptive", [False, True])
-def test_adaspa(adaptive):
+@pytest.mark.parametrize(("adaptive", "row_step"), [(False, 1), (True, 1), (False, 4)])
+def test_adaspa(adaptive, row_step):
     """A first search at step 2, the same mask at 3, and at 6 a search with step 2's LSE."""
     geometry, size, density = Geometry(4, 6, 8), 16, 0.3
     blocks = cuts(geometry.video, size)
     n = len(blocks)
-    planner = by_name("adaspa", density=density, block=size, adaptive=adaptive, recall=0.62)
+    settings = dict(density=density, block=size, adaptive=adaptive, recall=0.62)
+    planner = by_name("adaspa", row_step=row_step, **settings)
     state = State()
     lse = masks = None
     # Two sharp heads, one soft one, one in between.
@@ -537,7 +538,10 @@ def test_adaspa(adaptive):
             mass = torch.stack(
                 [
                     torch.stack(
-                        [torch.stack([head[r][:, c].sum() for c in blocks]) for r in blocks]
+                        [
+                            torch.stack([head[r[::row_step]][:, c].sum() for c in blocks])
+                            for r in blocks
+                        ]
                     )
                     for head in weights
                 ]
