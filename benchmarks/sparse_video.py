@@ -84,6 +84,8 @@ _CLOSE_BUDGETS = (0.39, 0.32)
 # 1 and 3, four fifths in 4 and 5, half in the others. One search at half the rows, then its mask.
 _SHARP = by_name("adaspa", density=0.25, row_step=2, searches=())
 _DIFFUSE_LAYERS = (("layers 0-1, 3", (2, 4, 5, 6, 7)), ("layers 0-1, 3-5", (2, 6, 7)))
+# `corrected` computes densely at the end, too, where less of attention is needed.
+_LATE = Sparse(_SHARP, dense_steps=0.5)
 # Early steps decide the layout: a few more of them dense, as papers do for quality.
 _QUALITY_DENSE_STEPS = 0.2
 _FOR_QUALITY: tuple[tuple[str, tuple[Any, ...]], ...] = (
@@ -138,8 +140,12 @@ def all_ways() -> list[Way]:
         ways.append(Way("sparse", "patches", f"density={density}", recipe))
     for budget in (*_BUDGETS, *_CLOSE_BUDGETS):
         ways.append(Way("caching", "geometric", f"budget={budget}", recipes.geometric(budget)))
+        ways.append(Way("caching", "corrected", f"budget={budget}", recipes.corrected(budget)))
+    for budget in (0.5, 0.39, 0.35):
+        recipe = replace(recipes.corrected(budget), name="corrected + late", sparse=_LATE)
+        ways.append(Way("both", recipe.name, f"budget={budget}", recipe))
     for name, planner in _TOGETHER:
-        for budget in _BUDGETS:
+        for budget in (0.5, 0.35):
             rule = Sparse(planner, dense_steps=DENSE_STEPS)
             recipe = replace(recipes.geometric(budget), name=f"geometric + {name}", sparse=rule)
             setting = f"budget={budget}, density=0.3"
@@ -278,7 +284,7 @@ def draw(points: Sequence[dict[str, Any]], file: Path) -> None:
     styles = {"sparse": "-", "caching": "-.", "both": "-", "fewer steps": "--"}
     thick = {"caching": 2.0, "both": 2.5, "fewer steps": 2.0}
     own = {
-        "geometric": "#d55e00", "geometric + adaspa": "#000000", "geometric + patches": "#0b4f8a",
+        "geometric": "#d55e00", "corrected": "#009e73", "corrected + late": "#000000",
         "geometric + sharp": "#009e73", "fewer steps": "#777777",
     }  # fmt: skip
     methods = list(dict.fromkeys(p["method"] for p in points))

@@ -51,9 +51,9 @@ class Geometric(StaticPolicy):
 class Bathtub(StaticPolicy):
     """Compute a share of the steps, dense at both ends.
 
-    The gap between computed steps grows linearly to four times its first size at 65 % of the run,
-    and falls to twice its first size at the end. Early steps decide the layout; what the last ones
-    do wrong nobody makes good. This is the shape of the masks that searches find for corrected
+    The gap between computed steps grows linearly to five times its first size at 60 % of the run,
+    and shrinks back to it. Early steps decide the layout; what the last ones do wrong nobody makes
+    good. This is the shape of the masks that searches find for corrected
     forecasts (see `Corrector`), which leave little error behind where the gaps are wide.
     budget: share of the steps computed, 0 < budget <= 1, useful 0.15 to 0.6.
     """
@@ -96,16 +96,16 @@ def _rounded(places: Sequence[float], total: int) -> tuple[int, ...]:
     return tuple(chosen)
 
 
-_PEAK, _WIDEST, _LAST = 0.65, 4.0, 1.9
-"""Where in the run the gap is widest, and how wide there and at the end, the first gap being 1."""
+_PEAK, _WIDEST = 0.6, 5.0
+"""Where in the run the gap is widest, and how wide, the first and the last gap being 1."""
 
 
 def bathtub_steps(count: int, total: int) -> tuple[int, ...]:
     """`count` increasing steps in 0..total-1 with gaps that grow until late and then shrink."""
-    grows, shrinks = (_WIDEST - 1) / _PEAK, (_WIDEST - _LAST) / (1 - _PEAK)
+    grows, shrinks = (_WIDEST - 1) / _PEAK, (_WIDEST - 1) / (1 - _PEAK)
     # Computed steps per unit of the run are 1 / gap; its integral over both parts is a logarithm.
     until_peak = math.log(_WIDEST) / grows
-    whole = until_peak + math.log(_WIDEST / _LAST) / shrinks
+    whole = until_peak + math.log(_WIDEST) / shrinks
 
     def place(done: float) -> float:
         if done <= until_peak:
