@@ -58,6 +58,8 @@ _FIRST_CLIMB = {"full": 24, "quick": 5}
 _NEXT_CLIMB = {"full": 10, "quick": 2}
 _LAST_CLIMB = 20
 """Before a budget is given up."""
+_LEAST_SLOWER = {"full": 1, "quick": 2}
+"""Steps more after a check that failed."""
 _MOST_CHECKS = 5
 _RIVAL_ITEMS = 8
 _TIMED_RUNS = 3
@@ -265,7 +267,8 @@ class _Tuner:
         except Exhausted as limit:
             if self.best.found is None:
                 raise BlockCacheError(f"{limit} before anything was found; allow more") from None
-            self.best.why = f"not checked: {limit}"
+            doubt = self.best.why if self.best.figures else "not checked"
+            self.best.why = f"{doubt}: {limit}"
         finally:
             api.disable(self.stage.pipe)
         return self._plan(rivals)
@@ -533,10 +536,13 @@ class _Tuner:
     def _slower(self, found: Found, short: float) -> Found:
         """The next plan to check: more steps the farther the last one was off."""
         self.search.use(found)
-        extra = max(1, round(short / 2)) if self.goal.name == "psnr_db" else 1
+        least = _LEAST_SLOWER[self.effort]
+        extra = max(least, round(short / 2)) if self.goal.name == "psnr_db" else least
         computed = found.computed
         for _ in range(min(extra, self.screen.total - 1 - len(computed))):
             computed = self.search.longer(computed)
+        if self.effort == "quick":
+            return Found("lengthened", computed, (), found.shape)
         return self._refine(len(computed), (("lengthened", computed),), 0)
 
     # ---- the answer ----------------------------------------------------------------------------
