@@ -1,12 +1,14 @@
 """Check the attention kernels on this GPU against float64, then measure them.
 
 `python -m benchmarks.gpu` is the whole command. It checks a sample of every form first and
-measures nothing that is wrong; it then times dense and sparse attention, their planning parts and
-`linear_combine`, with a flushed and with a warm L2 cache, and writes
-`benchmarks/results/gpu-<name>.json`. `--quick` takes one length.
+measures nothing that is wrong; it then times dense and sparse attention beside the backends that
+are installed, their planning parts, `linear_combine` and the change statistic, with a flushed and
+with a warm L2 cache, and whole denoisers of real size (`gpu_models.py`, where diffusers is
+installed), and writes `benchmarks/results/gpu-<name>.json`. `--quick` takes one length.
 """
 
 import argparse
+import importlib.util
 import itertools
 import json
 import re
@@ -21,6 +23,7 @@ import torch.nn.functional as F
 from click import echo
 from torch import Tensor
 
+from benchmarks import gpu_models
 from blockcache.kernels.block_scores import (
     antidiagonal_scores,
     block_mass,
@@ -28,9 +31,15 @@ from blockcache.kernels.block_scores import (
     mean_pool,
 )
 from blockcache.kernels.dense_attention import dense_attention
-from blockcache.kernels.linear_combine import linear_combine
+from blockcache.kernels.linear_combine import linear_combine, relative_change
 from blockcache.kernels.select import Count, MassKept, select_blocks
-from blockcache.kernels.sparse_attention import Centroids, SparsePlan, sparse_attention
+from blockcache.kernels.sparse_attention import (
+    Centroids,
+    SparsePlan,
+    is_supported,
+    sparse_attention,
+)
+from blockcache.kernels.sparse_attention.on_request import ON_REQUEST
 
 RESULTS = Path(__file__).resolve().parent / "results"
 LENGTHS = (8192, 16384, 32768, 75600, 119056)
@@ -38,7 +47,10 @@ DENSITIES = (1.0, 0.5, 0.25, 0.15, 0.1, 0.05)
 # Smallest efficiency, density x dense time / sparse time, that may ship at D=128 from 32k tokens
 # on.
 TARGETS = {0.5: 0.93, 0.25: 0.90, 0.15: 0.87, 0.1: 0.83, 0.05: 0.72}
+MANY_HEADS, MANY_HEADS_LENGTH = 40, 75600
 BLOCK_Q, BLOCK_K = 128, 64
+LEAST_OF_COPY = 0.85
+"""Of measured copy bandwidth: what `linear_combine` and the change statistic should reach."""
 L2_BYTES = 256 << 20
 
 
@@ -69,7 +81,15 @@ def main() -> None:
         for length, head_dim in itertools.product(lengths, (128, 64)):
             rows += attention_rows(length, head_dim, densities, args)
             rows += planning_rows(length, head_dim, rows[-1]["best_dense_ms"], args)
+        if not args.quick:
+            many = argparse.Namespace(**vars(args) | {"heads": MANY_HEADS})
+            rows += attention_rows(MANY_HEADS_LENGTH, 128, (0.25, 0.1), many)
         rows += combine_rows(args)
+        rows += change_rows(args)
+        if importlib.util.find_spec("diffusers"):
+            rows += gpu_models.rows(3)
+        else:
+            echo("diffusers is not installed; no denoiser was measured")
     name = re.sub(r"\W+", "-", torch.cuda.get_device_name().lower()).strip("-")
     path = args.out or RESULTS / f"gpu-{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -170,6 +190,7 @@ def attention_rows(
             "speedup_best": best / sparse["flushed_ms"], "best_dense_ms": best,
             "dense": {n: {**t, "tflops": work / t["flushed_ms"] / 1e9} for n, t in dense.items()},
         }  # fmt: skip
+        row["others"] = other_backends(q, k, v, plan, args.repeats)
         if head_dim == 128 and length >= 32768 and density in TARGETS:
             row["target"] = TARGETS[density]
             row["meets_target"] = row["efficiency_own"] >= TARGETS[density]
@@ -180,6 +201,25 @@ def attention_rows(
             f"{row['speedup_best']:.2f}x against the best dense"
         )
     return rows
+
+
+def other_backends(
+    q: Tensor, k: Tensor, v: Tensor, plan: SparsePlan, repeats: int
+) -> dict[str, dict[str, float] | str]:
+    """Times of the backends on request at the same mask, or why one cannot run."""
+    found: dict[str, dict[str, float] | str] = {}
+    for name in ON_REQUEST:
+        is_able, reason = is_supported(name, q, plan)
+        if not is_able:
+            found[name] = reason
+            continue
+        try:
+            found[name] = timed(
+                lambda name=name: sparse_attention(q, k, v, plan, backend=name), repeats
+            )
+        except Exception as error:  # a foreign kernel may fail in any way; ours go on
+            found[name] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+    return found
 
 
 def timed_plan(kind: str, heads: int, length: int, density: float) -> SparsePlan:
@@ -256,6 +296,25 @@ def combine_rows(args: argparse.Namespace) -> list[dict[str, Any]]:
                 f"linear_combine of {count} by {backend}: {times['flushed_ms']:.2f} ms, "
                 f"{rate:.2f} TB/s"
             )
+    return rows
+
+
+def change_rows(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """The change statistic, and what a copy reaches: the bandwidth everything is held against."""
+    a, b = (torch.randn(1, 75600, 5120, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    moved = 2 * a.numel() * a.element_size()
+    calls: dict[str, Callable[[], object]] = {
+        "copy": lambda: a.copy_(b),
+        "relative_change": lambda: relative_change(a, b, backend="triton"),
+        "relative_change by torch": lambda: relative_change(a, b, backend="torch"),
+    }
+    rows = []
+    for name, call in calls.items():
+        times = timed(call, args.repeats)
+        row = {"what": name, **times, "tb_per_s": moved / times["flushed_ms"] / 1e9}
+        share = row["tb_per_s"] / (rows[0] if rows else row)["tb_per_s"]
+        rows.append(row | {"of_copy": share, "target": LEAST_OF_COPY})
+        echo(f"{name}: {row['tb_per_s']:.2f} TB/s, {share:.0%} of a copy")
     return rows
 
 
