@@ -471,7 +471,7 @@ class _Tuner:
         budget = self._budget_for(wanted)
         found = self._refine(budget, (), _FIRST_CLIMB[self.effort])
         found = self._choose_shape(found, AXES[self.effort])
-        self.best.found = found
+        self.best.found = found = self._slowed_to(wanted, found)
         while (speed := self._speed(found)) < wanted and len(found.computed) > _LEAST_BUDGET:
             # A step less, or as many as it takes.
             over = len(found.computed) * (1 - speed / wanted)
@@ -482,6 +482,18 @@ class _Tuner:
             found = self._refine(len(computed), (("shortened", computed),), climb)
             self.best.found = found
         return found
+
+    def _slowed_to(self, wanted: float, found: Found) -> Found:
+        """More steps, where the run is faster than the trace's milliseconds let expect."""
+        spare = self._speed(found) / (wanted * _SPEED_MARGIN) - 1
+        more = min(int(len(found.computed) * spare), self.screen.total - 1 - len(found.computed))
+        if more < 1:
+            return found
+        computed = found.computed
+        for _ in range(more):
+            computed = self.search.longer(computed)
+        climb = _NEXT_CLIMB[self.effort]
+        return self._refine(len(computed), (("lengthened", computed),), climb)
 
     def _budget_for(self, speedup: float) -> int:
         ms, total = self.trace.milliseconds, self.screen.total
