@@ -24,6 +24,8 @@ from blockcache.plan import Plan, even_steps
 
 _PLANS = ("plan", "preset", "recipe")
 _ECHO_S = 1.0
+_WHOLE = ("stack", "model")
+"""Sites of which a step is computed or reused as a whole."""
 
 
 def _read_config(context: click.Context, _: click.Parameter, path: Path | None) -> None:
@@ -212,7 +214,7 @@ def _described(plan: Chosen, steps: int | None) -> str:
     steps = steps or (plan.what.total if isinstance(plan.what, Plan) else None)
     if not recipe.is_static():
         return f"{plan.name}, decides while it runs"
-    if steps is None or any(rule.site.scope != "stack" for rule in recipe.rules):
+    if steps is None or any(rule.site.scope not in _WHOLE for rule in recipe.rules):
         return plan.name
     (row,) = recipe.rules[0].schedule(even_steps(steps), 1) or ((),)
     drawn = "".join(COMPUTED if asked else REUSED for asked in row)
