@@ -166,12 +166,10 @@ def _draw_layers(
 def _density_legend(sheet: "Sheet", y: int) -> None:
     x = _MARGIN
     for color, label in ((COMPUTED, "dense"), (REUSED, "reused")):
-        sheet.draw.rectangle((x, y, x + 15, y + 15), fill=color)
-        sheet.text(x + 23, y + 8, label, 16, INK, "lm")
+        _swatch(sheet, x, y, color, label)
         x += 110
     for share in (0.1, 0.3, 0.5, 0.7, 0.9):
-        sheet.draw.rectangle((x, y, x + 15, y + 15), fill=color_of(share))
-        sheet.text(x + 21, y + 8, f"{share:.1f}", 16, INK, "lm")
+        _swatch(sheet, x, y, color_of(share), f"{share:.1f}", gap=6)
         x += 58
     sheet.text(x, y + 8, "sparse, by density", 16, INK, "lm")
 
@@ -245,9 +243,16 @@ def _draw_panel(
 def _legend(sheet: "Sheet", y: int) -> None:
     x = _MARGIN
     for color, label in ((COMPUTED, "computed"), (REUSED, "reused")):
-        sheet.draw.rectangle((x, y, x + 15, y + 15), fill=color)
-        sheet.text(x + 23, y + 8, label, 16, INK, "lm")
+        _swatch(sheet, x, y, color, label)
         x += 125
+
+
+def _swatch(
+    sheet: "Sheet", x: int, y: int, color: str | tuple[int, ...], label: str, gap: int = 8
+) -> None:
+    """A square of a legend and its word."""
+    sheet.draw.rectangle((x, y, x + 15, y + 15), fill=color)
+    sheet.text(x + 15 + gap, y + 8, label, 16, INK, "lm")
 
 
 def _ticks(count: int) -> list[int]:

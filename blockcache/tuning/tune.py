@@ -471,8 +471,13 @@ class _Tuner:
         budget = self._budget_for(wanted)
         found = self._refine(budget, (), _FIRST_CLIMB[self.effort])
         found = self._choose_shape(found, AXES[self.effort])
-        self.best.found = found = self._slowed_to(wanted, found)
-        while (speed := self._speed(found)) < wanted and len(found.computed) > _LEAST_BUDGET:
+        self.best.found = found
+        speed = self._speed(found)
+        slowed = self._slowed_to(wanted, found, speed)
+        if slowed is not found:
+            self.best.found = found = slowed
+            speed = self._speed(found)
+        while speed < wanted and len(found.computed) > _LEAST_BUDGET:
             # A step less, or as many as it takes.
             over = len(found.computed) * (1 - speed / wanted)
             computed = found.computed
@@ -481,11 +486,12 @@ class _Tuner:
             climb = _NEXT_CLIMB[self.effort]
             found = self._refine(len(computed), (("shortened", computed),), climb)
             self.best.found = found
+            speed = self._speed(found)
         return found
 
-    def _slowed_to(self, wanted: float, found: Found) -> Found:
+    def _slowed_to(self, wanted: float, found: Found, speed: float) -> Found:
         """More steps, where the run is faster than the trace's milliseconds let expect."""
-        spare = self._speed(found) / (wanted * _SPEED_MARGIN) - 1
+        spare = speed / (wanted * _SPEED_MARGIN) - 1
         more = min(int(len(found.computed) * spare), self.screen.total - 1 - len(found.computed))
         if more < 1:
             return found

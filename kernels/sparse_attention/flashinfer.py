@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .ordering import in_order, out_of_order
+from .foreign import gpu_objection
+from .ordering import all_in_order, out_of_order
 from .plan import SparsePlan, merge_states
 from .reference import block_of_token
 
@@ -27,13 +28,7 @@ def flashinfer_objection(query: Tensor, plan: SparsePlan) -> str:
     """Why FlashInfer cannot carry out this call, or an empty string."""
     if importlib.util.find_spec("flashinfer") is None:
         return "it is not installed (pip install flashinfer-python)"
-    if not query.is_cuda:
-        return f"it runs on NVIDIA GPUs, and the tensors are on {query.device}"
-    if query.dtype not in (torch.float16, torch.bfloat16):
-        return f"it takes float16 and bfloat16, not {query.dtype}"
-    if query.shape[3] not in HEAD_DIMS:
-        return f"it takes heads of {', '.join(map(str, HEAD_DIMS))}, not {query.shape[3]}"
-    return ""
+    return gpu_objection(query, HEAD_DIMS)
 
 
 def flashinfer_sparse_attention(
@@ -53,8 +48,7 @@ def flashinfer_sparse_attention(
     """
     batch, heads, length, head_dim = query.shape
     q, k, v = (
-        in_order(t, order).reshape(batch * heads, -1, head_dim)
-        for t, order in ((query, plan.q_order), (key, plan.k_order), (value, plan.k_order))
+        t.reshape(batch * heads, -1, head_dim) for t in all_in_order(query, key, value, plan)
     )
     mask = plan.mask().expand(batch, heads, -1, -1).flatten(0, 1)
     rows, columns = (

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .ordering import in_order, out_of_order
+from .ordering import all_in_order, out_of_order
 from .plan import SparsePlan
 
 
@@ -33,9 +33,7 @@ def flex_sparse_attention(
     query: Tensor, key: Tensor, value: Tensor, plan: SparsePlan, scale: float
 ) -> tuple[Tensor, None]:
     """Sparse attention on `[B, H, S, D]`; the checks were made by the api. A new tensor."""
-    q, k, v = (
-        in_order(query, plan.q_order), in_order(key, plan.k_order), in_order(value, plan.k_order)
-    )  # fmt: skip
+    q, k, v = all_in_order(query, key, value, plan)
     output: Tensor = _compiled()(q, k, v, block_mask=_block_mask(plan, q, k), scale=scale)
     return out_of_order(output, plan.q_order), None
 

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from ..common import capability
-from .ordering import in_order, out_of_order
+from .foreign import gpu_objection
+from .ordering import all_in_order, out_of_order
 from .plan import SparsePlan
 
 HEAD_DIMS = (64, 128)
@@ -23,12 +24,8 @@ def sparge_objection(query: Tensor, plan: SparsePlan) -> str:
     """Why SpargeAttn cannot carry out this call, or an empty string."""
     if importlib.util.find_spec("spas_sage_attn") is None:
         return "it is not installed (build it from github.com/thu-ml/SpargeAttn)"
-    if not query.is_cuda:
-        return f"it runs on NVIDIA GPUs, and the tensors are on {query.device}"
-    if query.dtype not in (torch.float16, torch.bfloat16):
-        return f"it takes float16 and bfloat16, not {query.dtype}"
-    if query.shape[3] not in HEAD_DIMS:
-        return f"it takes heads of {', '.join(map(str, HEAD_DIMS))}, not {query.shape[3]}"
+    if reason := gpu_objection(query, HEAD_DIMS):
+        return reason
     if query.shape[2] < SHORTEST:
         return f"it takes {SHORTEST} tokens and more, not {query.shape[2]}"
     sizes, wanted = (plan.q_blocks, plan.k_blocks), block_sizes(query)
@@ -49,9 +46,7 @@ def sparge_sparse_attention(
     query: Tensor, key: Tensor, value: Tensor, plan: SparsePlan, scale: float
 ) -> tuple[Tensor, None]:
     """Sparse attention on `[B, H, S, D]`; the checks were made by the api. A new tensor."""
-    q, k, v = (
-        in_order(query, plan.q_order), in_order(key, plan.k_order), in_order(value, plan.k_order)
-    )  # fmt: skip
+    q, k, v = all_in_order(query, key, value, plan)
     mask = plan.mask().expand(*query.shape[:2], -1, -1)
     theirs = importlib.import_module("spas_sage_attn")
     output = theirs.block_sparse_sage2_attn_cuda(
