@@ -40,57 +40,40 @@ PLOT = Path(__file__).resolve().parent.parent / "docs" / "images" / "sparse-vide
 PROMPT_SEED, FIRST_SEED = 7, 1000
 # Of 28 steps: three.
 DENSE_STEPS = 0.1
-PER_TURN = 4
+PER_TURN = 6
 WORTH_IT = 30.0
 
 # Planner to its main knob, the values it is swept over, and what else suits 3,072 tokens: blocks of
 # 64 wherever a method leaves the choice.
 SWEEPS: dict[str, tuple[str, tuple[Any, ...], dict[str, Any]]] = {
     "adaspa": ("density", (0.3, 0.15), {}),
-    "cubes": ("density", (0.3, 0.2, 0.1), {}),
-    "flash_block": (
-        "kept",
-        tuple(by_name("cubes", density=d, centroids=False) for d in (0.2, 0.1)),
-        {},
-    ),
+    "cubes": ("density", (0.3, 0.15), {}),
+    "flash_block": ("kept", (by_name("cubes", density=0.2, centroids=False),), {}),
     "moba": ("density", (0.3, 0.15), {}),
-    "nabla": ("tau", (0.9, 0.8, 0.7, 0.5), {}),
-    "pbs_attn": ("tau", (0.7, 0.5), {"block": 64}),
-    "proxy_attn": ("tau", (0.7, 0.5), {"block": 64, "heads": 2}),
+    "nabla": ("tau", (0.9, 0.7), {}),
+    "pbs_attn": ("tau", (0.9, 0.7), {"block": 64}),
+    "proxy_attn": ("tau", (0.9, 0.7), {"block": 64, "heads": 2}),
     "radial": ("decay", (0.2,), {"block": 64}),
-    "rettention": ("kept", (FrameBand(density=0.2, block=32), FrameBand(block=32)), {}),
+    "rettention": ("kept", (FrameBand(density=0.2, block=32),), {}),
     "sparge": ("amount", (0.3, 0.15), {"block_q": 64}),
-    "sta": ("sides", ((3, 3, 3), (1, 3, 3)), {"tile": (4, 4, 4)}),
+    # Tiles of a whole frame: the window is the nearest frames.
+    "sta": ("sides", ((5, 1, 1), (3, 1, 1)), {"tile": (1, 16, 16)}),
     "svg1": ("density", (0.3, 0.15), {"block": 64}),
-    "svg2": ("tau", (0.9, 0.6), {"query_clusters": 24, "key_clusters": 96}),
-    "svg_ear": ("tau", (0.9, 0.6), {"query_clusters": 24, "key_clusters": 96}),
+    "svg2": ("tau", (0.9,), {"query_clusters": 24, "key_clusters": 96}),
+    "svg_ear": ("tau", (0.9,), {"query_clusters": 24, "key_clusters": 96}),
     "vmoba": (
         "density",
         ((0.5, 0.3, 0.25), (0.3, 0.16, 0.1)),
         {"patch": (4, 4), "box": (4, 4, 4)},
     ),
-    "xattention": ("tau", (0.9, 0.7, 0.5), {"block": 64}),
+    "xattention": ("tau", (0.9, 0.7), {"block": 64}),
 }
-# What this model's heads look at lies in patches of one frame, and there means stand in badly.
+# Cubes of one frame, and no means for what is left out.
 _PATCHES = {"cube": (1, 8, 8), "centroids": False}
-_TOGETHER = (
-    ("adaspa", by_name("adaspa", density=0.3)),
-    ("patches", by_name("cubes", density=0.3, **_PATCHES)),
-)
-_BUDGETS, _STEPS = (0.7, 0.5, 0.35), (20, 14, 10)
-# 11 and 9 of 28 steps: what caching alone does in the time of the fastest ways with both.
-_CLOSE_BUDGETS = (0.39, 0.32)
-# Where this model's attention is sharp: a quarter of the blocks holds nearly all of it in layers 0,
-# 1 and 3, four fifths in 4 and 5, half in the others. One search at half the rows, then its mask.
-_SHARP = by_name("adaspa", density=0.25, row_step=2, searches=())
-_DIFFUSE_LAYERS = (("layers 0-1, 3", (2, 4, 5, 6, 7)), ("layers 0-1, 3-5", (2, 6, 7)))
-# `corrected` computes densely at the end, too, where less of attention is needed.
-_LATE = Sparse(_SHARP, dense_steps=0.5)
-# Early steps decide the layout: a few more of them dense, as papers do for quality.
-_QUALITY_DENSE_STEPS = 0.2
-_FOR_QUALITY: tuple[tuple[str, tuple[Any, ...]], ...] = (
-    ("adaspa", (0.3, 0.2)), ("svg1", (0.3, 0.15)), ("nabla", (0.7,)), ("moba", (0.3,)),
-)  # fmt: skip
+_NEAR = by_name("sta", sides=(3, 1, 1), tile=(1, 16, 16))
+_BUDGETS, _STEPS = (0.7, 0.5, 0.39, 0.32, 0.25), (20, 14, 10, 7)
+# Early steps decide the layout: more of them dense, as papers do for quality.
+_QUALITY_DENSE_STEPS = (0.2, 0.3)
 
 
 @dataclass(frozen=True)
@@ -127,34 +110,22 @@ def all_ways() -> list[Way]:
             rule = Sparse(by_name(name, **settings, **{knob: value}), dense_steps=DENSE_STEPS)
             setting = f"{knob}={_shown(value)}"
             ways.append(Way("sparse", name, setting, Recipe(name=name, sparse=rule)))
-    for name, values in _FOR_QUALITY:
-        knob, _, settings = SWEEPS[name]
-        for value in values:
-            planner = by_name(name, **settings, **{knob: value})
-            rule = Sparse(planner, dense_steps=_QUALITY_DENSE_STEPS)
-            setting = f"{knob}={value}, dense_steps={_QUALITY_DENSE_STEPS}"
-            ways.append(Way("sparse", name, setting, Recipe(name=name, sparse=rule)))
-    for density in (0.3, 0.2):
+    for share in _QUALITY_DENSE_STEPS:
+        rule = Sparse(_NEAR, dense_steps=share)
+        setting = f"sides=3x1x1, dense_steps={share}"
+        ways.append(Way("sparse", "sta", setting, Recipe(name="sta", sparse=rule)))
+    for density in (0.3, 0.15):
         rule = Sparse(by_name("cubes", density=density, **_PATCHES), dense_steps=DENSE_STEPS)
         recipe = Recipe(name="patches", sparse=rule)
         ways.append(Way("sparse", "patches", f"density={density}", recipe))
-    for budget in (*_BUDGETS, *_CLOSE_BUDGETS):
+    for budget in (0.5, 0.32):
         ways.append(Way("caching", "geometric", f"budget={budget}", recipes.geometric(budget)))
-        ways.append(Way("caching", "corrected", f"budget={budget}", recipes.corrected(budget)))
-    for budget in (0.5, 0.39, 0.35):
-        recipe = replace(recipes.corrected(budget), name="corrected + late", sparse=_LATE)
-        ways.append(Way("both", recipe.name, f"budget={budget}", recipe))
-    for name, planner in _TOGETHER:
-        for budget in (0.5, 0.35):
-            rule = Sparse(planner, dense_steps=DENSE_STEPS)
-            recipe = replace(recipes.geometric(budget), name=f"geometric + {name}", sparse=rule)
-            setting = f"budget={budget}, density=0.3"
-            ways.append(Way("both", recipe.name, setting, recipe))
-    for shown, diffuse in _DIFFUSE_LAYERS:
-        for budget in (0.39, 0.35):
-            rule = Sparse(_SHARP, dense_steps=4, dense_layers=diffuse)
-            recipe = replace(recipes.geometric(budget), name="geometric + sharp", sparse=rule)
-            ways.append(Way("both", recipe.name, f"budget={budget}, {shown}", recipe))
+    for budget in _BUDGETS:
+        alone = recipes.corrected(budget)
+        rule = Sparse(_NEAR, dense_steps=DENSE_STEPS)
+        both = replace(alone, name="corrected + sta", sparse=rule)
+        ways.append(Way("caching", "corrected", f"budget={budget}", alone))
+        ways.append(Way("both", both.name, f"budget={budget}", both))
     for steps in _STEPS:
         ways.append(Way("fewer steps", "fewer steps", f"{steps}", steps=steps))
     return ways
@@ -284,8 +255,8 @@ def draw(points: Sequence[dict[str, Any]], file: Path) -> None:
     styles = {"sparse": "-", "caching": "-.", "both": "-", "fewer steps": "--"}
     thick = {"caching": 2.0, "both": 2.5, "fewer steps": 2.0}
     own = {
-        "geometric": "#d55e00", "corrected": "#009e73", "corrected + late": "#000000",
-        "geometric + sharp": "#009e73", "fewer steps": "#777777",
+        "geometric": "#d55e00", "corrected": "#009e73", "corrected + sta": "#000000",
+        "sta": "#0072b2", "fewer steps": "#777777",
     }  # fmt: skip
     methods = list(dict.fromkeys(p["method"] for p in points))
     for panel, which in zip(panels, ("median", "worst"), strict=True):

@@ -29,6 +29,9 @@ from blockcache.tuning import environment
 @click.option("--model", default="tiny-image", show_default=True, help="tiny-image or tiny-video.")
 @click.option("--folder", type=click.Path(path_type=Path), help="Load the model from here.")
 @click.option("--steps", type=click.IntRange(8), default=50, show_default=True)
+@click.option(
+    "--call", "changed", type=(str, int), multiple=True, help="As in --call height 64; repeatable."
+)
 @click.option("--prompts", type=click.IntRange(1), default=16, show_default=True)
 @click.option(
     "--sweep", "trials", type=click.IntRange(1, 4), default=4, help="Prompts of the sweep."
@@ -36,6 +39,7 @@ from blockcache.tuning import environment
 @click.option("--rounds", type=click.IntRange(1), default=1, show_default=True, help="Per prompt.")
 @click.option("--keep", type=click.IntRange(1), default=6, show_default=True, help="Per peer.")
 @click.option("--minutes", type=click.FloatRange(0), help="Stop then; the next call goes on.")
+@click.option("--effort", type=click.Choice(["full", "quick"]), default="full", show_default=True)
 @click.option("--plans", type=click.Path(path_type=Path), help="Tuned plans; made if missing.")
 @click.option("--tune/--no-tune", default=True, show_default=True, help="Make missing plans.")
 @click.option("--work", type=click.Path(path_type=Path), default=Path("outputs/peers"))
@@ -46,11 +50,13 @@ def main(
     model: str,
     folder: Path | None,
     steps: int,
+    changed: tuple[tuple[str, int], ...],
     prompts: int,
     trials: int,
     rounds: int,
     keep: int,
     minutes: float | None,
+    effort: str,
     plans: Path | None,
     tune: bool,
     work: Path,
@@ -63,10 +69,12 @@ def main(
     quiet_hosts()
     name = f"{model}-{steps}"
     try:
-        ground = _ground(model, folder, steps, prompts)
+        ground = _ground(model, folder, steps, dict(changed), prompts)
         ground.sweep = ground.sweep[:trials]
         place = plans or pages.RESULTS.parent / "plans" / name
-        known = ours.tuned(ground, place, work / name, click.echo) if tune else ours.read(place)
+        if tune:
+            ours.tune_missing(ground, place, work / name, effort, click.echo)
+        known = ours.read(place)
         log = Log(work / name / "log.jsonl", about(ground))
     except (Impossible, BlockCacheError) as error:
         raise click.ClickException(str(error)) from None
@@ -86,10 +94,12 @@ def main(
     click.echo(pages.compact({name: race}))
 
 
-def _ground(name: str, folder: Path | None, steps: int, prompts: int) -> Ground:
+def _ground(
+    name: str, folder: Path | None, steps: int, changed: dict[str, int], prompts: int
+) -> Ground:
     found = models.find(str(folder or name))
     pipe = models.load(found, torch.device("cpu"))
-    return Ground(models.Model(name, found.source, found.call), pipe, steps, prompts)
+    return Ground(models.Model(name, found.source, found.call), pipe, steps, changed, prompts)
 
 
 def _is_asked(contender: Contender, only: tuple[str, ...]) -> bool:
@@ -112,6 +122,7 @@ def _race(
         "model": ground.model.name,
         "pipeline": ground.pipeline,
         "steps": ground.steps,
+        "call": ground.changed,
         "prompts": max((row.get("prompts", 0) for row in rows), default=0),
         "determinism_floor_db": floor_db,
         "commit": commit(),

@@ -74,15 +74,18 @@ class Lane:
 class Ground:
     """The model as every contender finds it.
 
+    changed: arguments of the call that are not the model's own, such as its size.
     race, sweep, calibration, tuning: items (prompt and seed), all of prompts that no training has
     seen. The race has no prompt and no seed in common with the others.
     """
 
-    def __init__(self, model: Model, pipe: Any, steps: int, prompts: int) -> None:
-        self.model, self.steps = model, steps
+    def __init__(
+        self, model: Model, pipe: Any, steps: int, changed: dict[str, int], prompts: int
+    ) -> None:
+        self.model, self.steps, self.changed = model, steps, changed
         # A copy that never runs: whatever a run leaves behind is in none of the contenders.
         self._unused = own(pipe)
-        self.call = {**model.call, "num_inference_steps": steps}
+        self.call = {**model.call, **changed, "num_inference_steps": steps}
         self.plain = Lane(Stage(pipe, self.call, "peers"))
         held_out = _world(model.name)(_SPARE + prompts, _PROMPT_SEED)
         items: list[Item] = [(prompt, _FIRST_SEED + i) for i, prompt in enumerate(held_out)]

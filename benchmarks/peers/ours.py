@@ -24,6 +24,7 @@ GOALS: dict[str, dict[str, float]] = {
 _STEP_SHARES = (0.8, 0.66, 0.5, 0.4, 0.34, 0.28, 0.24, 0.2, 0.16, 0.12)
 # The presets are three more of the first ones.
 _CORRECTED_BUDGETS = (0.6, 0.4, 0.24, 0.2, 0.14, 0.12, 0.1)
+_FADING_BUDGETS = (0.2, 0.16, 0.14, 0.12, 0.1, 0.08)
 _BUDGETS = (0.6, 0.4, 0.24, 0.2, 0.12)
 _TRACED_BUDGETS = (0.6, 0.4, 0.32, 0.24, 0.18, 0.14)
 
@@ -44,14 +45,19 @@ def contenders(ground: Ground, plans: dict[str, Plan]) -> Iterator[Contender]:
         yield from _same_levels(name, plan, mark)
     for budget in _CORRECTED_BUDGETS:
         yield _ours("corrected", f"budget {budget:g}", blockcache.recipes.corrected(budget))
+    for budget in _FADING_BUDGETS:
+        recipe = blockcache.recipes.corrected(budget, fade=True)
+        yield _ours("corrected, fading", f"budget {budget:g}", recipe)
     for budget in _BUDGETS:
         yield _ours("geometric", f"budget {budget:g}", blockcache.recipes.geometric(budget))
     for budget in _TRACED_BUDGETS:
         yield _ours("dp_cache", f"budget {budget:g}", partial(_dp_cache, budget))
 
 
-def tuned(ground: Ground, folder: Path, work: Path, say: Callable[[str], None]) -> dict[str, Plan]:
-    """The plans in `folder`; those of GOALS that it lacks are tuned and kept there."""
+def tune_missing(
+    ground: Ground, folder: Path, work: Path, effort: str, say: Callable[[str], None]
+) -> None:
+    """Plans for those of GOALS that `folder` has none for."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, goal in GOALS.items():
         file = folder / f"{name}.json"
@@ -64,13 +70,13 @@ def tuned(ground: Ground, folder: Path, work: Path, say: Callable[[str], None]) 
             list(prompts),
             **goal,
             seeds=list(seeds),
+            effort=effort,
             work=work / "tuning",
             rivals=samplers.rivals,
             **ground.call,
         )
         plan.save(file)
         say(plan.note)
-    return read(folder)
 
 
 def read(folder: Path) -> dict[str, Plan]:

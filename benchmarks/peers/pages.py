@@ -34,9 +34,12 @@ def title(race: dict[str, Any]) -> str:
     """What a race was run with, in one line."""
     versions = ", ".join(f"{name} {version}" for name, version in race["versions"].items())
     machine = race["machine"]
+    # Races from before sizes could be chosen have no such entry.
+    size = "".join(f"{name} {value}, " for name, value in race.get("call", {}).items())
     return (
-        f"{race['model']}, {race['steps']} steps, {race['prompts']} prompts that nothing was tuned "
-        f"on; {machine['cpu']}, {machine['threads']} thread; {versions}; commit {race['commit']}"
+        f"{race['model']}, {race['steps']} steps, {size}{race['prompts']} prompts that nothing was "
+        f"tuned on; {machine['cpu']}, {machine['threads']} thread; {versions}; "
+        f"commit {race['commit']}"
     )
 
 

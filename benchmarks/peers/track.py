@@ -68,9 +68,11 @@ class Log:
 
 def about(ground: Ground) -> dict[str, Any]:
     """What measurements have to have in common."""
+    call = {"call": ground.changed} if ground.changed else {}
     return {
         "model": ground.model.name,
         "steps": ground.steps,
+        **call,
         "versions": environment.versions(LIBRARIES),
         "cpu": environment.machine()["cpu"],
     }

@@ -10,11 +10,13 @@ whole hidden width.
 from blockcache.plan import Bathtub, Corrector, Recipe, Rule, Site, Taylor
 
 
-def corrected(budget: float = 0.3) -> Recipe:
+def corrected(budget: float = 0.3, fade: bool = False) -> Recipe:
     """Compute `budget` of the steps, extrapolate in between, and correct.
 
-    budget: share of steps computed, useful 0.15 to 0.6.
+    budget: share of steps computed, useful 0.15 to 0.6. fade: extrapolate less as the noise goes;
+    better from about 0.16 down, where gaps are long, and of no use above.
     """
-    how = Taylor(1)
+    how = Taylor(1, fade=fade)
     rule = Rule(Site("model"), Bathtub(budget), how, payload="output", corrector=Corrector())
-    return Recipe((rule,), name=f"corrected {budget:g}")
+    name = f"corrected {budget:g}" + (" fading" if fade else "")
+    return Recipe((rule,), name=name)

@@ -38,15 +38,16 @@ _SPARSE = (("cubes", 0.25), ("cubes", 0.12))
 class Shape:
     """How a mask becomes a recipe.
 
-    site, payload: what is reused. order: of the extrapolation. corrector: of the model's output,
-    for Euler samplers. guidance: at which of the mask's steps the second branch is computed; in
-    between, and where the mask reuses, the model's output for it is continued. sparse: of the
-    computed steps.
+    site, payload: what is reused. order, fade: of the extrapolation. corrector: of the model's
+    output, for Euler samplers. guidance: at which of the mask's steps the second branch is
+    computed; in between, and where the mask reuses, the model's output for it is continued. sparse:
+    of the computed steps.
     """
 
     site: Site = Site("stack")
     payload: Payload = "residual"
     order: int = 1
+    fade: bool = False
     corrector: Corrector | None = None
     guidance: Guidance = "every"
     sparse: Sparse | None = None
@@ -59,6 +60,8 @@ class Shape:
             words[0] = f"{self.payload} of {words[0]}"
         if self.order != 1:
             words.append(f"order {self.order}")
+        if self.fade:
+            words.append("fading")
         if self.corrector is not None:
             words.append("corrected")
         if self.guidance != "every":
@@ -83,18 +86,26 @@ class Shape:
         rules = self._rules(table)
         if self.guidance != "every":
             rarely = MaskTable((thinned(table.computed[0], total, self.guidance),), total, sigmas)
-            how = Taylor(self.order)
             second = Rule(
-                Site("model"), rarely, how, payload="output", branch=1, corrector=self.corrector
+                Site("model"),
+                rarely,
+                self._forecast,
+                payload="output",
+                branch=1,
+                corrector=self.corrector,
             )
             rules = (*(replace(rule, branch=0) for rule in rules), second)
         return Recipe(rules, name=f"tuned {len(computed)}/{total}", sparse=self.sparse)
 
     def _rules(self, table: MaskTable) -> tuple[Rule, ...]:
         if self.site == SUB_LAYERS:
-            return each_sub_layer(table, Taylor(self.order))
-        how = Taylor(self.order)
+            return each_sub_layer(table, self._forecast)
+        how = self._forecast
         return (Rule(self.site, table, how, payload=self.payload, corrector=self.corrector),)
+
+    @property
+    def _forecast(self) -> Taylor:
+        return Taylor(self.order, fade=self.fade)
 
     def variants(self, axis: Axis, branches: int, sub_layers: bool) -> Iterator["Shape"]:
         """The other shapes along one axis, for a model with this many branches.
@@ -103,6 +114,7 @@ class Shape:
         """
         if axis == "forecast":
             yield replace(self, order=3 - self.order)
+            yield replace(self, fade=not self.fade)
             if self.corrector is not None:
                 yield replace(self, corrector=None)
         elif axis == "payload":

@@ -9,9 +9,13 @@ a noisy one may come from, see video_posterior.py. A run is resumed from ``DIR/c
 clips are small and short, where a step is cheap; ``--large`` is the share of larger ones, up to the
 size that the model is for. The learning rate is constant until the last part of ``--steps`` and
 then falls linearly to zero, so the end can be chosen late: stop, and resume with another.
+
+``--near`` teaches locality, as large video models have it: in that share of the steps a token sees
+its own frame and the two nearest ones only, and in the others a penalty draws attention there.
 """
 
 import argparse
+import functools
 import json
 import logging
 import math
@@ -44,6 +48,9 @@ WARM_UP_STEPS = 100
 EMA_CAP = 0.995
 SHARE_EVERY = 8
 SMALL_GRID, LARGE_GRIDS = (4, 8, 8), ((6, 10, 10), (8, 12, 12), GRID)
+LONG_GRID = (12, 6, 6)
+NEAR_FRAMES = 3
+STRAY_WEIGHT, STRAY_ROWS = 0.1, 32
 _REPORT_S, _SAVE_S = 30, 120
 
 
@@ -52,7 +59,17 @@ class TrainingAttention:
 
     Under bfloat16 autocast on a CPU the backward pass of bfloat16 attention is about four times
     slower than that of float32.
+
+    near: Which keys are near each query, ``[tokens, tokens]``; None to let attention be.
+    is_near: Whether the others are hidden. If not, ``strays`` gets each layer's penalty.
+    generator: Draws the queries that the penalty looks at.
     """
+
+    def __init__(self) -> None:
+        self.near: torch.Tensor | None = None
+        self.is_near = False
+        self.generator: torch.Generator | None = None
+        self.strays: list[torch.Tensor] = []
 
     def __call__(
         self,
@@ -73,7 +90,12 @@ class TrainingAttention:
             value = value.float().unflatten(2, (attn.heads, -1))
             if rotary_emb is not None:
                 query, key = (_rotate(x, *rotary_emb) for x in (query, key))
-            out = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (query, key, value)))
+            query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+            near = None if rotary_emb is None else self.near
+            if near is not None and not self.is_near:
+                self.strays.append(stray(query, key, near, self.generator))
+            mask = near if self.is_near else None
+            out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
         projected: torch.Tensor = attn.to_out[0](out.transpose(1, 2).flatten(2))
         return projected
 
@@ -83,10 +105,43 @@ def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tens
     return x * cos + torch.stack([-odd, even], -1).flatten(-2) * sin
 
 
-def draw_grid(seed: int, large: float) -> Grid:
-    """The clip size of a step, the same for all ranks: small, or any of the larger ones."""
-    pick = torch.rand(2, generator=torch.Generator().manual_seed(seed)).tolist()
-    return LARGE_GRIDS[int(pick[1] * len(LARGE_GRIDS))] if pick[0] < large else SMALL_GRID
+def stray(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    near: torch.Tensor,
+    generator: torch.Generator | None = None,
+) -> torch.Tensor:
+    """Minus the logarithm of the near keys' share of attention, mean over some queries.
+
+    query, key: ``[batch, heads, tokens, size]``. near: ``[tokens, tokens]``.
+    """
+    rows = torch.randint(len(near), (STRAY_ROWS,), generator=generator)
+    scores = query[:, :, rows] @ key.transpose(2, 3) / query.shape[-1] ** 0.5
+    those = scores.masked_fill(~near[rows], -torch.inf)
+    return (scores.logsumexp(-1) - those.logsumexp(-1)).mean()
+
+
+@functools.cache
+def near_keys(grid: Grid) -> torch.Tensor:
+    """Keys in a window of ``NEAR_FRAMES`` around each query, pushed inside at both ends."""
+    frames, height, width = grid
+    frame = torch.arange(frames * height * width) // (height * width)
+    half = NEAR_FRAMES // 2
+    middle = frame.clamp(half, max(half, frames - 1 - half))
+    return (middle[:, None] - frame).abs() <= half
+
+
+def draw_grid(seed: int, large: float, near: float = 0.0) -> tuple[Grid, bool]:
+    """The clip size of a step, the same for all ranks: small, or any of the larger ones.
+
+    Half of the small clips are long and narrow where locality is taught. The second is whether
+    far frames are hidden.
+    """
+    pick = torch.rand(4, generator=torch.Generator().manual_seed(seed)).tolist()
+    is_near = pick[3] < near
+    if pick[0] < large:
+        return LARGE_GRIDS[int(pick[1] * len(LARGE_GRIDS))], is_near
+    return (LONG_GRID if near and pick[2] < 0.5 else SMALL_GRID), is_near
 
 
 def draw_timesteps(n: int, grid: Grid, generator: torch.Generator) -> torch.Tensor:
@@ -114,7 +169,8 @@ class Trainer:
         self.code = fit_code()
         self.posterior = Posterior(self.code)
         self.transformer = make_transformer()
-        self.transformer.set_attn_processor(TrainingAttention())
+        self.attention = TrainingAttention()
+        self.transformer.set_attn_processor(self.attention)
         self.text_encoder = make_text_encoder()
         parts = {"transformer": self.transformer, "text_encoder": self.text_encoder}
         self.modules = nn.ModuleDict(parts).train()
@@ -159,6 +215,7 @@ class Trainer:
         ]
         noisy, mean = (torch.stack([sample[i] for sample in drawn]) for i in (0, 1))
         target = (noisy - mean) / t[:, None, None, None, None]
+        self.attention.generator = g
         # The text encoder is small, and its logits want float32.
         words = encode_captions(self.text_encoder, tokens)
         with torch.autocast("cpu", torch.bfloat16):
@@ -175,7 +232,10 @@ class Trainer:
     ) -> tuple[float, bool]:
         """One update. Returns the loss, and whether any rank asked to stop."""
         loss = self.loss(grid, batch)
-        loss.backward()
+        strays = self.attention.strays
+        penalty = STRAY_WEIGHT * torch.stack(strays).mean() if strays else torch.zeros(())
+        strays.clear()
+        (loss + penalty).backward()
         for optimizer in self.optimizers:
             group = optimizer.param_groups[0]
             group["lr"] = group["base_lr"] * lr_factor
@@ -290,6 +350,7 @@ def train(
     *,
     batch: int,
     large: float,
+    near: float,
     steps: int,
     decay: float,
     minutes: float,
@@ -300,7 +361,9 @@ def train(
     stop = False
     while trainer.steps < steps and not stop:
         is_late = time.monotonic() - started > 60 * minutes
-        grid = draw_grid(trainer.steps, large)
+        grid, is_near = draw_grid(trainer.steps, large, near)
+        trainer.attention.near = near_keys(grid) if near else None
+        trainer.attention.is_near = is_near
         n = max(1, batch * math.prod(SMALL_GRID) // math.prod(grid))
         loss, stop = trainer.step(grid, n, lr_factor(trainer.steps, steps, decay), is_late)
         if grid == SMALL_GRID:
@@ -325,6 +388,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="checkpoint and pipeline folder")
     parser.add_argument("--batch", type=int, default=4, help="small clips per process and step")
     parser.add_argument("--large", type=float, default=0.0, help="share of steps with larger clips")
+    parser.add_argument("--near", type=float, default=0.0, help="share of steps with near frames")
     parser.add_argument("--steps", type=int, required=True, help="total steps of the run")
     parser.add_argument("--minutes", type=float, default=math.inf, help="stop after this long")
     parser.add_argument("--decay", type=float, default=0.2, help="last share, with falling lr")
@@ -350,6 +414,7 @@ def main() -> None:
         args.out,
         batch=args.batch,
         large=args.large,
+        near=args.near,
         steps=args.steps,
         decay=args.decay,
         minutes=args.minutes,

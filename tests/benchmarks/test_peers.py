@@ -22,7 +22,7 @@ STEPS = 12
 @pytest.fixture(scope="module")
 def ground():
     model = models.find("tiny-image")
-    return Ground(model, models.load(model, torch.device("cpu")), STEPS, prompts=2)
+    return Ground(model, models.load(model, torch.device("cpu")), STEPS, {}, prompts=2)
 
 
 def pick(contenders, family, setting=""):

@@ -38,7 +38,8 @@ def test_every_planner_is_swept_and_every_way_has_a_name_of_its_own():
         assert is_sparse == (way.kind in ("sparse", "both"))
 
 
-def test_all_of_one_prompt_comes_before_the_next_and_what_is_known_is_left_out():
+def test_all_of_one_prompt_comes_before_the_next_and_what_is_known_is_left_out(monkeypatch):
+    monkeypatch.setattr(sparse_video, "PER_TURN", 4)
     known = {WAYS[1].key: entry(figures(), way=WAYS[1])}
     told = [(n, [way.setting[-1] for way in some]) for n, some in
             sparse_video.turns(WAYS, ITEMS, known)]  # fmt: skip

@@ -1,6 +1,7 @@
 """The embedded video model: its world, its code, its scorer and the folder that ships."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -164,6 +165,52 @@ def test_training_resumes_where_it_stopped(tmp_path):
     assert torch.equal(
         loaded.text_encoder.shared.weight, second.average["text_encoder.shared.weight"]
     )
+
+
+def test_near_keys_are_a_window_of_three_frames_pushed_inside():
+    near = train_video.near_keys((5, 1, 2)).unflatten(0, (5, 2)).unflatten(2, (5, 2))
+    frames = near[:, 0, :, 0].int().tolist()
+    assert (near == near[:, :1, :, :1]).all()
+    assert frames == [[1, 1, 1, 0, 0]] * 2 + [[0, 1, 1, 1, 0]] + [[0, 0, 1, 1, 1]] * 2
+    assert train_video.near_keys((2, 4, 4)).all()
+
+
+def test_stray_is_minus_the_logarithm_of_the_near_share():
+    """By hand: equal scores, so the near share is that of the near keys, 4 of 16."""
+    query, key = torch.zeros(1, 2, 16, 8), torch.randn(1, 2, 16, 8)
+    near = torch.arange(16).expand(16, 16) < 4
+    assert train_video.stray(query, key, near).item() == pytest.approx(math.log(4), abs=1e-6)
+    assert train_video.stray(query, key, torch.ones_like(near)).item() == pytest.approx(0, abs=1e-6)
+
+
+def test_the_training_attention_is_that_of_diffusers_until_far_frames_are_hidden():
+    torch.manual_seed(0)
+    transformer = video_pipeline.make_transformer().eval()
+    for block in transformer.blocks:
+        torch.nn.init.normal_(block.scale_shift_table, std=0.5)
+    torch.nn.init.normal_(transformer.proj_out.weight, std=0.1)
+    clip, words = torch.randn(1, 24, 5, 2, 2), torch.randn(1, 16, 128)
+    plain = transformer(clip, torch.tensor([500.0]), words)[0]
+    attention = train_video.TrainingAttention()
+    transformer.set_attn_processor(attention)
+    attention.near = train_video.near_keys((5, 2, 2))
+    torch.testing.assert_close(transformer(clip, torch.tensor([500.0]), words)[0], plain)
+    assert len(attention.strays) == len(transformer.blocks)
+    attention.is_near = True
+    hidden = transformer(clip, torch.tensor([500.0]), words)[0]
+    assert len(attention.strays) == len(transformer.blocks)
+    assert (hidden - plain).abs().max() > 1e-3
+
+
+def test_locality_does_not_change_which_large_clips_are_drawn():
+    plain = [train_video.draw_grid(seed, 0.3) for seed in range(200)]
+    local = [train_video.draw_grid(seed, 0.3, 0.5) for seed in range(200)]
+    large = {grid for grid, _ in plain} - {train_video.SMALL_GRID}
+    assert large == set(train_video.LARGE_GRIDS)
+    assert [g for g, _ in plain if g in large] == [g for g, _ in local if g in large]
+    assert not any(is_near for _, is_near in plain)
+    assert 60 < sum(is_near for _, is_near in local) < 140
+    assert {g for g, _ in local} - {g for g, _ in plain} == {train_video.LONG_GRID}
 
 
 class Layer(torch.nn.Module):

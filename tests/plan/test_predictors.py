@@ -96,6 +96,17 @@ def test_equal_sigmas_do_not_divide_by_zero():
     assert linear == pytest.approx(0.4)
 
 
+def test_a_fading_change_counts_as_much_as_there_is_time_left():
+    """By hand: linear weights (1.5, -0.5) at time 0.4 are 0.4 of that and 0.6 of a copy."""
+    anchors = steps(2, 1, sigmas=(0.5, 0.9))
+    weights = Taylor(1, "sigma", fade=True).weights(Step(3, 4, 0.3, 0.4), anchors)
+    assert weights == pytest.approx((0.4 * 1.5 + 0.6, 0.4 * -0.5))
+    # Without a time, three of four steps are done.
+    unknown = Taylor(1, "sigma", fade=True).weights(Step(3, 4, 0.3), anchors)
+    assert unknown == pytest.approx((0.25 * 1.5 + 0.75, 0.25 * -0.5))
+    assert Taylor(0, fade=True).weights(Step(3, 4, 0.3), anchors[:1]) == (1.0,)
+
+
 @pytest.mark.parametrize("make", [lambda: Taylor(-1), lambda: Taylor(5), lambda: Taylor(1.0)])
 def test_impossible_orders_are_refused(make):
     with pytest.raises(PlanError, match="order"):

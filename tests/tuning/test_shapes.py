@@ -42,10 +42,12 @@ def test_the_variants_of_each_axis():
     assert names("payload", shape=corrected) == ["residual of the stack", "output of the stack"]
     assert names("forecast", shape=corrected) == [
         "output of the model, order 2, corrected",
+        "output of the model, fading, corrected",
         "output of the model",
     ]
     assert names("forecast", shape=Shape.first(is_euler=False)) == [
-        "residual of the stack, order 2"
+        "residual of the stack, order 2",
+        "residual of the stack, fading",
     ]
     assert names("site") == [
         "residual of all but the first block",
@@ -60,7 +62,7 @@ def test_the_variants_of_each_axis():
 
 
 def test_a_corrected_shape_corrects_both_branches():
-    shape = Shape(Site("model"), "output", 2, Corrector(), "half")
+    shape = Shape(Site("model"), "output", 2, corrector=Corrector(), guidance="half")
     first, second = shape.recipe(COMPUTED, SIGMAS).rules
     assert first.predictor == second.predictor == Taylor(2)
     assert first.corrector == second.corrector == Corrector()
