@@ -72,8 +72,13 @@ SWEEPS: dict[str, tuple[str, tuple[Any, ...], dict[str, Any]]] = {
 _PATCHES = {"cube": (1, 8, 8), "centroids": False}
 _NEAR = by_name("sta", sides=(3, 1, 1), tile=(1, 16, 16))
 _BUDGETS, _STEPS = (0.7, 0.5, 0.39, 0.32, 0.25), (20, 14, 10, 7)
-# Early steps decide the layout: more of them dense, as papers do for quality.
-_QUALITY_DENSE_STEPS = (0.2, 0.3)
+# Three of this model's layers place the pattern, which takes all frames; and so do its early steps.
+_FAR_LAYERS = (2, 3, 6)
+_FAR: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("dense_steps=0.3", {"dense_steps": 0.3}),
+    ("layers 2, 3, 6 and 4 steps dense", {"dense_steps": 4, "dense_layers": _FAR_LAYERS}),
+    ("layers 2, 3, 6 and 2 steps dense", {"dense_steps": 2, "dense_layers": _FAR_LAYERS}),
+)
 
 
 @dataclass(frozen=True)
@@ -110,10 +115,13 @@ def all_ways() -> list[Way]:
             rule = Sparse(by_name(name, **settings, **{knob: value}), dense_steps=DENSE_STEPS)
             setting = f"{knob}={_shown(value)}"
             ways.append(Way("sparse", name, setting, Recipe(name=name, sparse=rule)))
-    for share in _QUALITY_DENSE_STEPS:
-        rule = Sparse(_NEAR, dense_steps=share)
-        setting = f"sides=3x1x1, dense_steps={share}"
-        ways.append(Way("sparse", "sta", setting, Recipe(name="sta", sparse=rule)))
+    for words, settings in _FAR:
+        recipe = Recipe(name="sta", sparse=Sparse(_NEAR, **settings))
+        ways.append(Way("sparse", "sta", f"sides=3x1x1, {words}", recipe))
+    words, settings = _FAR[1]
+    planner = by_name("adaspa", density=0.25, row_step=2, searches=())
+    recipe = Recipe(name="adaspa", sparse=Sparse(planner, **settings))
+    ways.append(Way("sparse", "adaspa", f"density=0.25, {words}", recipe))
     for density in (0.3, 0.15):
         rule = Sparse(by_name("cubes", density=density, **_PATCHES), dense_steps=DENSE_STEPS)
         recipe = Recipe(name="patches", sparse=rule)
@@ -122,7 +130,7 @@ def all_ways() -> list[Way]:
         ways.append(Way("caching", "geometric", f"budget={budget}", recipes.geometric(budget)))
     for budget in _BUDGETS:
         alone = recipes.corrected(budget)
-        rule = Sparse(_NEAR, dense_steps=DENSE_STEPS)
+        rule = Sparse(_NEAR, dense_steps=2, dense_layers=_FAR_LAYERS)
         both = replace(alone, name="corrected + sta", sparse=rule)
         ways.append(Way("caching", "corrected", f"budget={budget}", alone))
         ways.append(Way("both", both.name, f"budget={budget}", both))

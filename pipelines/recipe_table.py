@@ -117,8 +117,9 @@ def _when(policy: Any, needed: Sequence[str]) -> str:
 
 
 def _values(spec: Any) -> str:
-    """The short fields of a spec, in brackets."""
-    values = [getattr(spec, field.name) for field in fields(spec)]
+    """The short fields of a spec, in brackets; of a flag its name, if it is set."""
+    named = {field.name: getattr(spec, field.name) for field in fields(spec)}
+    values = [(name if v else "") if isinstance(v, bool) else v for name, v in named.items()]
     short = [v for v in values if isinstance(v, (int, float, str)) and v != ""]
     shown = ", ".join(f"{v:g}" if isinstance(v, float) else str(v) for v in short)
     return f"({shown})" if short else ""
