@@ -73,11 +73,18 @@ _PATCHES = {"cube": (1, 8, 8), "centroids": False}
 _NEAR = by_name("sta", sides=(3, 1, 1), tile=(1, 16, 16))
 _BUDGETS, _STEPS = (0.7, 0.5, 0.39, 0.32, 0.25), (20, 14, 10, 7)
 # Three of this model's layers place the pattern, which takes all frames; and so do its early steps.
-_FAR_LAYERS = (2, 3, 6)
+_FAR_LAYERS = {"dense_layers": (2, 3, 6)}
+_PLACED = {**_FAR_LAYERS, "dense_layers_steps": 18}
 _FAR: tuple[tuple[str, dict[str, Any]], ...] = (
     ("dense_steps=0.3", {"dense_steps": 0.3}),
-    ("layers 2, 3, 6 and 4 steps dense", {"dense_steps": 4, "dense_layers": _FAR_LAYERS}),
-    ("layers 2, 3, 6 and 2 steps dense", {"dense_steps": 2, "dense_layers": _FAR_LAYERS}),
+    ("layers 2, 3, 6 and 4 steps dense", {"dense_steps": 4, **_FAR_LAYERS}),
+    ("layers 2, 3, 6 and 2 steps dense", {"dense_steps": 2, **_FAR_LAYERS}),
+    ("layers 2, 3, 6 in 18 steps and 4 steps dense", {"dense_steps": 4, **_PLACED}),
+    ("layers 2, 3, 6 in 18 steps and 2 steps dense", {"dense_steps": 2, **_PLACED}),
+    (
+        "layers 2, 3, 6 in 16 steps and 3 steps dense",
+        {"dense_steps": 3, **_FAR_LAYERS, "dense_layers_steps": 16},
+    ),
 )
 
 
@@ -130,7 +137,7 @@ def all_ways() -> list[Way]:
         ways.append(Way("caching", "geometric", f"budget={budget}", recipes.geometric(budget)))
     for budget in _BUDGETS:
         alone = recipes.corrected(budget)
-        rule = Sparse(_NEAR, dense_steps=2, dense_layers=_FAR_LAYERS)
+        rule = Sparse(_NEAR, dense_steps=2, **_FAR_LAYERS)
         both = replace(alone, name="corrected + sta", sparse=rule)
         ways.append(Way("caching", "corrected", f"budget={budget}", alone))
         ways.append(Way("both", both.name, f"budget={budget}", both))

@@ -27,6 +27,8 @@ class Sparse:
     dense_last: last steps that stay dense.
     dense_layers: first layers that stay dense, a share or a count; or the numbers of those layers,
     from 0, for example where attention is spread over everything.
+    dense_layers_steps: first steps in which they do, a share or a count; None for all. What a layer
+    gathers from afar matters while the layout is decided.
     refresh: plan anew at every n-th step, whatever the planner remembers; 0 leaves it to the
     planner.
     max_density: a site whose plan keeps more than this share of the blocks is given up for some
@@ -43,6 +45,7 @@ class Sparse:
     dense_steps: ShareOrCount = 0.2
     dense_last: Count = 0
     dense_layers: Layers = 0.03
+    dense_layers_steps: ShareOrCount | None = None
     refresh: Count = 0
     max_density: Annotated[float, Field(gt=0, le=1)] = 0.6
     min_length: Count | None = None
@@ -51,9 +54,10 @@ class Sparse:
 
     def __post_init__(self) -> None:
         """A count is a whole number."""
-        for name in ("dense_steps", "dense_layers"):
+        for name in ("dense_steps", "dense_layers", "dense_layers_steps"):
             amount = getattr(self, name)
-            if not isinstance(amount, tuple) and amount >= 1 and amount != int(amount):
+            is_number = amount is not None and not isinstance(amount, tuple)
+            if is_number and amount >= 1 and amount != int(amount):
                 raise ValueError(f"{name}: {amount} is neither a share below 1 nor a whole count")
 
     def dense_because(self, step: Step, layer: int, layers: int) -> str:
@@ -62,6 +66,9 @@ class Sparse:
             return "first steps"
         if step.index >= step.total - self.dense_last:
             return "last steps"
+        limit = self.dense_layers_steps
+        if limit is not None and step.index >= _count(limit, step.total):
+            return ""
         if isinstance(self.dense_layers, tuple):
             return "dense layers" * (layer in self.dense_layers)
         return "first layers" * (layer < _count(self.dense_layers, layers))

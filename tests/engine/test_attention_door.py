@@ -183,6 +183,19 @@ def test_steps_and_layers_that_stay_dense(settings, steps, layers, shared, seen)
     assert sum(dense.values()) == 16 - len(seen)
 
 
+@pytest.mark.parametrize(("limit", "first"), [(None, 4), (0.5, 2), (3, 3), (0, 0)])
+def test_layers_may_stay_dense_for_a_part_of_the_run(limit, first, shared, seen):
+    """Of four steps; from `first` on, layers 0 and 2 are thinned out as all others are."""
+    one = shared("ltx")
+    rule = sparse(dense_layers=(0, 2), dense_layers_steps=limit)
+    blockcache.enable(one.pipe, Recipe(sparse=rule))
+    one.run()
+    asked = {(context.layer, context.step.index) for *_, context in seen}
+    others = {(layer, step) for layer in (1, 3) for step in range(4)}
+    thinned = {(layer, step) for layer in (0, 2) for step in range(first, 4)}
+    assert asked == others | thinned
+
+
 def test_planners_are_asked_anew_when_the_schedule_says(shared, seen):
     one = shared("ltx")
     blockcache.enable(one.pipe, Recipe(sparse=sparse(refresh=2, dense_steps=1)))
@@ -707,6 +720,8 @@ def test_plans_keep_the_sparse_rule(tmp_path):
         (dict(dense_layers=float("nan")), "dense_layers"),
         (dict(dense_layers=(1, -1)), "dense_layers"),
         (dict(dense_layers=(0.5,)), "dense_layers"),
+        (dict(dense_layers_steps=-1), "dense_layers_steps"),
+        (dict(dense_layers_steps=1.5), "neither a share below 1 nor a whole count"),
         (dict(max_density=0.0), "max_density"),
         (dict(max_density=1.1), "max_density"),
         (dict(budget_mib=-1.0), "budget_mib"),
