@@ -76,13 +76,13 @@ _BUDGETS, _STEPS = (0.7, 0.5, 0.39, 0.32, 0.25), (20, 14, 10, 7)
 _FAR_LAYERS = {"dense_layers": (2, 3, 6)}
 _PLACED = {**_FAR_LAYERS, "dense_layers_steps": 18}
 _FAR: tuple[tuple[str, dict[str, Any]], ...] = (
-    ("dense_steps=0.3", {"dense_steps": 0.3}),
-    ("layers 2, 3, 6 and 4 steps dense", {"dense_steps": 4, **_FAR_LAYERS}),
-    ("layers 2, 3, 6 and 2 steps dense", {"dense_steps": 2, **_FAR_LAYERS}),
-    ("layers 2, 3, 6 in 18 steps and 4 steps dense", {"dense_steps": 4, **_PLACED}),
-    ("layers 2, 3, 6 in 18 steps and 2 steps dense", {"dense_steps": 2, **_PLACED}),
+    ("8 steps", {"dense_steps": 8}),
+    ("layers 2, 3, 6 and 4 steps", {"dense_steps": 4, **_FAR_LAYERS}),
+    ("layers 2, 3, 6 and 2 steps", {"dense_steps": 2, **_FAR_LAYERS}),
+    ("layers 2, 3, 6 in 18 steps and 4 steps", {"dense_steps": 4, **_PLACED}),
+    ("layers 2, 3, 6 in 18 steps and 2 steps", {"dense_steps": 2, **_PLACED}),
     (
-        "layers 2, 3, 6 in 16 steps and 3 steps dense",
+        "layers 2, 3, 6 in 16 steps and 3 steps",
         {"dense_steps": 3, **_FAR_LAYERS, "dense_layers_steps": 16},
     ),
 )
@@ -124,11 +124,11 @@ def all_ways() -> list[Way]:
             ways.append(Way("sparse", name, setting, Recipe(name=name, sparse=rule)))
     for words, settings in _FAR:
         recipe = Recipe(name="sta", sparse=Sparse(_NEAR, **settings))
-        ways.append(Way("sparse", "sta", f"sides=3x1x1, {words}", recipe))
+        ways.append(Way("sparse", "sta, partly dense", words, recipe))
     words, settings = _FAR[1]
     planner = by_name("adaspa", density=0.25, row_step=2, searches=())
     recipe = Recipe(name="adaspa", sparse=Sparse(planner, **settings))
-    ways.append(Way("sparse", "adaspa", f"density=0.25, {words}", recipe))
+    ways.append(Way("sparse", "adaspa, partly dense", f"density=0.25, {words}", recipe))
     for density in (0.3, 0.15):
         rule = Sparse(by_name("cubes", density=density, **_PATCHES), dense_steps=DENSE_STEPS)
         recipe = Recipe(name="patches", sparse=rule)
@@ -271,7 +271,7 @@ def draw(points: Sequence[dict[str, Any]], file: Path) -> None:
     thick = {"caching": 2.0, "both": 2.5, "fewer steps": 2.0}
     own = {
         "geometric": "#d55e00", "corrected": "#009e73", "corrected + sta": "#000000",
-        "sta": "#0072b2", "fewer steps": "#777777",
+        "sta, partly dense": "#0072b2", "fewer steps": "#777777",
     }  # fmt: skip
     methods = list(dict.fromkeys(p["method"] for p in points))
     for panel, which in zip(panels, ("median", "worst"), strict=True):

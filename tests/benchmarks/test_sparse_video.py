@@ -27,7 +27,8 @@ def entry(*items, way=WAYS[0]):
 
 def test_every_planner_is_swept_and_every_way_has_a_name_of_its_own():
     ways = sparse_video.all_ways()
-    assert {way.method for way in ways if way.kind == "sparse"} == {*names(), "patches"}
+    more = {"patches", "sta, partly dense", "adaspa, partly dense"}
+    assert {way.method for way in ways if way.kind == "sparse"} == {*names(), *more}
     assert len({way.key for way in ways}) == len(ways)
     kinds = ("sparse", "caching", "both", "fewer steps")
     assert tuple(dict.fromkeys(way.kind for way in ways)) == kinds
