@@ -68,7 +68,7 @@ SPECS = [
     Site("deep", 2, -2),
     Site("attn", 0.25, 0.75),
     Geometry(3, 4, 5, 2, 6, (68, 66)),
-    Sparse(STA((3, 3, 3)), 0.25, 1, 2, 3, 0.5, 1024, 64.0, "torch"),
+    Sparse(STA((3, 3, 3)), 0.25, 1, 2, 8, 3, 0.5, 1024, 64.0, "torch"),
     Site("span", 1, -2),
     Every(4),
     Geometric(0.25),
