@@ -118,7 +118,8 @@ def stray(
     rows = torch.randint(len(near), (STRAY_ROWS,), generator=generator)
     scores = query[:, :, rows] @ key.transpose(2, 3) / query.shape[-1] ** 0.5
     those = scores.masked_fill(~near[rows], -torch.inf)
-    return (scores.logsumexp(-1) - those.logsumexp(-1)).mean()
+    share: torch.Tensor = those.logsumexp(-1) - scores.logsumexp(-1)
+    return -share.mean()
 
 
 @functools.cache
