@@ -120,19 +120,15 @@ def all_ways() -> list[Way]:
     for name, (knob, values, settings) in SWEEPS.items():
         for value in values:
             rule = Sparse(by_name(name, **settings, **{knob: value}), dense_steps=DENSE_STEPS)
-            setting = f"{knob}={_shown(value)}"
-            ways.append(Way("sparse", name, setting, Recipe(name=name, sparse=rule)))
+            ways.append(_thinned(name, f"{knob}={_shown(value)}", rule))
     for words, settings in _FAR:
-        recipe = Recipe(name="sta", sparse=Sparse(_NEAR, **settings))
-        ways.append(Way("sparse", "sta, partly dense", words, recipe))
+        ways.append(_thinned("sta, partly dense", words, Sparse(_NEAR, **settings)))
     words, settings = _FAR[1]
-    planner = by_name("adaspa", density=0.25, row_step=2, searches=())
-    recipe = Recipe(name="adaspa", sparse=Sparse(planner, **settings))
-    ways.append(Way("sparse", "adaspa, partly dense", f"density=0.25, {words}", recipe))
+    rule = Sparse(by_name("adaspa", density=0.25, row_step=2, searches=()), **settings)
+    ways.append(_thinned("adaspa, partly dense", f"density=0.25, {words}", rule))
     for density in (0.3, 0.15):
         rule = Sparse(by_name("cubes", density=density, **_PATCHES), dense_steps=DENSE_STEPS)
-        recipe = Recipe(name="patches", sparse=rule)
-        ways.append(Way("sparse", "patches", f"density={density}", recipe))
+        ways.append(_thinned("patches", f"density={density}", rule))
     for budget in (0.5, 0.32):
         ways.append(Way("caching", "geometric", f"budget={budget}", recipes.geometric(budget)))
     for budget in _BUDGETS:
@@ -144,6 +140,10 @@ def all_ways() -> list[Way]:
     for steps in _STEPS:
         ways.append(Way("fewer steps", "fewer steps", f"{steps}", steps=steps))
     return ways
+
+
+def _thinned(method: str, setting: str, rule: Sparse) -> Way:
+    return Way("sparse", method, setting, Recipe(name=method, sparse=rule))
 
 
 def _shown(value: Any) -> str:

@@ -14,7 +14,7 @@ def corrected(budget: float = 0.3, fade: bool = False) -> Recipe:
     """Compute `budget` of the steps, extrapolate in between, and correct.
 
     budget: share of steps computed, useful 0.15 to 0.6. fade: extrapolate less as the noise goes;
-    better from about 0.16 down, where gaps are long, and of no use above.
+    better from about 0.2 down, where gaps are long, and worse at 0.3.
     """
     how = Taylor(1, fade=fade)
     rule = Rule(Site("model"), Bathtub(budget), how, payload="output", corrector=Corrector())

@@ -41,6 +41,9 @@ from blockcache.pipelines.embedded.video_pipeline import (
 )
 from blockcache.pipelines.embedded.video_posterior import Grid, Posterior
 from blockcache.pipelines.embedded.video_vae import Code, fit_code
+from blockcache.plan.geometry import Geometry
+from blockcache.sparse.pieces import window
+from blockcache.sparse.tilings import tiles
 
 logger = logging.getLogger(__name__)
 
@@ -124,12 +127,13 @@ def stray(
 
 @functools.cache
 def near_keys(grid: Grid) -> torch.Tensor:
-    """Keys in a window of ``NEAR_FRAMES`` around each query, pushed inside at both ends."""
-    frames, height, width = grid
-    frame = torch.arange(frames * height * width) // (height * width)
-    half = NEAR_FRAMES // 2
-    middle = frame.clamp(half, max(half, frames - 1 - half))
-    return (middle[:, None] - frame).abs() <= half
+    """Keys in ``NEAR_FRAMES`` frames around each query, as `STA` has them: ``[tokens, tokens]``."""
+    _, height, width = grid
+    device = torch.device("cpu")
+    frames = tiles(Geometry(*grid), (1, height, width), device)
+    near = window(frames, (NEAR_FRAMES, 1, 1), device, clamped=True)[0, 0]
+    tokens = height * width
+    return near.repeat_interleave(tokens, 0).repeat_interleave(tokens, 1)
 
 
 def draw_grid(seed: int, large: float, near: float = 0.0) -> tuple[Grid, bool]:
