@@ -207,7 +207,6 @@ def test_a_third_is_searched_on_and_twice_as_many_check():
     assert [p for p, _ in calibration] == list(map(str, range(8)))
     assert [p for p, _ in check] == list(map(str, range(8, 24)))
     assert not set(calibration) & set(check)
-    assert len(split(items(*map(str, range(30))), 6, 1.5)[1]) == 12
 
 
 def test_few_prompts_check_with_other_seeds():
