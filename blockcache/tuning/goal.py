@@ -1,7 +1,7 @@
 """What is asked of a plan, and when the answer may be believed."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -15,6 +15,8 @@ Measure: TypeAlias = Callable[[Picture, Picture], float]
 """Picture and uncached picture to a figure; the larger, the nearer."""
 
 _LIMITS = {"psnr": (5.0, 90.0), "ssim": (0.0, 0.9999), "lpips": (0.0005, 1.0)}
+_AT_ONCE = 2 / 3
+"""Of the error that is left, what one look may take."""
 _LEAST_SPEEDUP, _MOST_SPEEDUP = 1.05, 50.0
 
 
@@ -46,27 +48,33 @@ class Goal:
         """What `share` of the pictures reach."""
         return float(np.quantile(figures, 1 - self.share, method="lower"))
 
-    def holds(self, figures: Sequence[float], confidence: float) -> bool:
-        """Whether new pictures reach it, judged by these that had no part in the search.
+    def needed(self, count: int, confidence: float) -> int:
+        """How many of `count` pictures, which had no part in the search, must reach it to convince.
 
         The one-sided Clopper-Pearson bound on the share of pictures that do: if no more than
         `share` of all pictures did, so many here would be less likely than 1 - `confidence`.
+        count + 1 where not even all of them convince.
         """
-        reached = sum(map(self.reaches, figures))
-        return reached >= self.needed(len(figures), confidence)
-
-    def needed(self, count: int, confidence: float) -> int:
-        """How many of `count` pictures must reach it for `holds`; count + 1 if none convince."""
         error = 1 - confidence + 1e-12
         return next(
             (k for k in range(count + 1) if chance(k, count, self.share) <= error), count + 1
         )
 
-    def shortfall(self, figures: Sequence[float], confidence: float) -> float:
-        """By how much the figure that decides `holds` misses the target, negative if not at all."""
+    def bars(self, count: int, confidence: float) -> Iterator[int]:
+        """How many of `count` pictures must reach it, for one plan that is looked at after another.
+
+        Each look takes a part of the error that is left; in all they take 1 - `confidence` at most.
+        """
+        error = 1 - confidence
+        while True:
+            bar = self.needed(count, 1 - _AT_ONCE * error)
+            yield bar
+            error -= chance(bar, count, self.share)
+
+    def shortfall(self, figures: Sequence[float], bar: int) -> float:
+        """By how much the figure that decides misses the target, negative if not at all."""
         ranked = sorted(figures, reverse=True)
-        deciding = ranked[min(self.needed(len(figures), confidence), len(figures)) - 1]
-        return self.sign * self.target - deciding
+        return self.sign * self.target - ranked[min(bar, len(figures)) - 1]
 
     def words(self) -> str:
         """The goal in a few words."""
@@ -80,9 +88,10 @@ class Goal:
 def least_pictures(share: float, confidence: float) -> int:
     """How many pictures a check needs: all of them reaching the goal must be able to convince.
 
-    For the second plan looked at, too, which gets a quarter of the error that is allowed.
+    For the second plan looked at, too, with what the first has left of the error.
     """
-    return math.ceil(math.log((1 - confidence) / 4) / math.log(share) - 1e-9)
+    error = _AT_ONCE * (1 - _AT_ONCE) * (1 - confidence)
+    return math.ceil(math.log(error) / math.log(share) - 1e-9)
 
 
 def chance(least: int, count: int, share: float) -> float:

@@ -181,7 +181,7 @@ class Scorer:
         found: list[Distance] = []
         for count, item in enumerate(items, 1):
             found.append(self._distance(recipe, item))
-            is_half = 2 * count == len(items) and count > 1
+            is_half = count == len(items) // 2 and count > 1
             if is_half and score(found) + bonus < score(best[:count]) - _CLEAR_DB:
                 return None
         return found
@@ -215,6 +215,18 @@ class Scorer:
     def figures(self, recipe: Recipe, items: Sequence[Item], goal: Goal) -> list[float]:
         """Per item the goal's figure of the decoded picture, larger is nearer."""
         return [self._figure(recipe, item, goal) for item in items]
+
+    def reach(self, recipe: Recipe, items: Sequence[Item], goal: Goal, needed: int) -> bool:
+        """Whether at least `needed` items reach the goal; no more runs than it takes to know."""
+        reached = missed = 0
+        for item in items:
+            if goal.reaches(self._figure(recipe, item, goal)):
+                reached += 1
+            else:
+                missed += 1
+            if reached >= needed or missed > len(items) - needed:
+                break
+        return reached >= needed
 
     def _figure(self, recipe: Recipe, item: Item, goal: Goal) -> float:
         known = self.memory.find(recipe, item, goal.name)

@@ -21,8 +21,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-
 from blockcache import api
 from blockcache.engine.runner import Runner
 from blockcache.engine.tracker import strides_of
@@ -50,6 +48,8 @@ _FEWEST_STEPS = 8
 _LEAST_BUDGET = 3
 _PASSES = {"full": 24.0, "quick": 7.5}
 """Of the 25 and 8 that are promised: the last runs are not given up at the limit."""
+_CHECKED = {"full": 2.0, "quick": 1.5}
+"""Pictures of the check for each one that was searched on."""
 _RESERVED = {"full": 9.0, "quick": 3.5}
 """Of those, what the check, the timing and the rivals need."""
 _FIRST_CLIMB = {"full": 24, "quick": 5}
@@ -148,7 +148,7 @@ def tune(
         )
     only_denoiser(pipe)
     least = least_pictures(share, confidence)
-    calibration, check = split(items_of(prompts, seeds), least)
+    calibration, check = split(items_of(prompts, seeds), least, _CHECKED[effort])
     tuner = _Tuner(stage, goal, confidence, effort, calibration, check, sub_layers, on_progress)
     tuner.limit(max_runs, minutes)
     return tuner.run(None if work is None else Path(work), rivals)
@@ -172,11 +172,12 @@ def is_all_dense(pipe: Any) -> bool:
     return any(stats is not None and not stats.sparse_calls for stats in asked)
 
 
-def split(items: Sequence[Item], least: int) -> tuple[list[Item], list[Item]]:
-    """Calibration items, and twice as many, or `least`, for the check.
+def split(
+    items: Sequence[Item], least: int, per_calibration: float = 2.0
+) -> tuple[list[Item], list[Item]]:
+    """Calibration items, and `per_calibration` times as many, or `least`, for the check.
 
-    No seed is used twice. Fewer for the check would make one odd prompt decide: of 10 pictures
-    that are to convince that half of all reach the goal, 9 have to; of 16, 12.
+    No seed is used twice.
     Where there are too few prompts for that, the check repeats prompts with other seeds.
     """
     count = min(CALIBRATION, max(1, (len(items) + 1) // 3))
@@ -192,7 +193,7 @@ def split(items: Sequence[Item], least: int) -> tuple[list[Item], list[Item]]:
         logger.warning("one prompt only: the promise is for this prompt with other seeds")
         rest = calibration
     free = max(seed for _, seed in items) + 1
-    wanted = max(2 * count, least)
+    wanted = max(round(per_calibration * count), least)
     check = [item for item in rest if item not in calibration][:wanted]
     while len(check) < wanted:
         check.append((rest[len(check) % len(rest)][0], free))
@@ -341,14 +342,14 @@ class _Tuner:
         found = self._refine(budget, (), _FIRST_CLIMB[self.effort])
         found = self._choose_shape(found, AXES[self.effort])
         ladder: list[Found] = []
-        while self._reaches(found):
+        while self._is_enough(found):
             ladder.insert(0, found)
             self.best.found = found
             if len(found.computed) <= _LEAST_BUDGET:
                 return ladder
             shorter = self.search.shorter(found.computed)
             found = self._refine(len(shorter), (("shortened", shorter),), _NEXT_CLIMB[self.effort])
-            if not self._reaches(found) and self.effort == "full":
+            if not self._is_enough(found) and self.effort == "full":
                 # What suited the longer mask need not suit this one.
                 found = self._choose_shape(found, ("forecast",))
                 found = self.search.climb(found, _LAST_CLIMB)
@@ -357,7 +358,7 @@ class _Tuner:
                 return [found]
             longer = self.search.longer(found.computed)
             found = self._refine(len(longer), (("lengthened", longer),), _NEXT_CLIMB[self.effort])
-            if self._reaches(found):
+            if self._is_enough(found):
                 ladder.append(found)
         return ladder
 
@@ -369,9 +370,7 @@ class _Tuner:
             # Nearer the fast end: plans there are the likely ones, and cheaper to try.
             middle = low + max(1, (high - low) // 3) - (1 if high - low == 1 else 0)
             origin, computed = self._screened(middle)
-            recipe = self._recipe(computed, self.search.shape)
-            figures = self.scorer.figures(recipe, self.calibration, self.goal)
-            if self._is_enough(figures):
+            if self._reaches(computed, self.search.shape):
                 high = middle
             else:
                 low = middle + 1
@@ -384,15 +383,16 @@ class _Tuner:
         masks = [(c.origin, c.computed) for c in self.screen.candidates(budget)]
         return masks[1 if len(masks) > 2 else 0]
 
-    def _is_enough(self, figures: Sequence[float]) -> bool:
+    def _reaches(self, computed: Mask, shape: Shape) -> bool:
         """Whether the check may be expected to convince: it asks for more than `share` of them."""
-        count = len(self.check)
-        asked = self.goal.needed(count, 1 - (1 - self.confidence) / 2) / count
-        return self.goal.reaches(float(np.quantile(figures, max(0.0, 1 - asked), method="lower")))
+        count, searched = len(self.check), len(self.calibration)
+        asked = next(self.goal.bars(count, self.confidence)) / count
+        misses = int(max(0.0, 1 - asked) * (searched - 1) + 1e-9)
+        recipe = self._recipe(computed, shape)
+        return self.scorer.reach(recipe, self.calibration, self.goal, searched - misses)
 
-    def _reaches(self, found: Found) -> bool:
-        figures = self.scorer.figures(self._recipe_of(found), self.calibration, self.goal)
-        return self._is_enough(figures)
+    def _is_enough(self, found: Found) -> bool:
+        return self._reaches(found.computed, found.shape)
 
     def _refine(self, budget: int, more: Sequence[tuple[str, Mask]], climb: int) -> Found:
         self.doing = f"searching {budget} of {self.screen.total} steps"
@@ -530,22 +530,21 @@ class _Tuner:
 
     def _check(self, ladder: Sequence[Found]) -> None:
         self.doing = "checking on other prompts"
-        waiting, level = list(ladder), 1 - self.confidence
-        for attempt in range(_MOST_CHECKS):
+        waiting = list(ladder)
+        bars = self.goal.bars(len(self.check), self.confidence)
+        for attempt, bar in zip(range(_MOST_CHECKS), bars, strict=False):
             found = waiting.pop(0)
             figures = self.scorer.figures(self._recipe_of(found), self.check, self.goal)
             self.best = _Best(found, figures)
             if self.goal.speedup is not None:
                 self.best.is_met = True
                 return
-            # A half, a quarter, ... of the error allowed: in all no more than that.
-            level /= 2
-            if self.goal.holds(figures, 1 - level):
+            if sum(map(self.goal.reaches, figures)) >= bar:
                 self.best.is_met = True
                 return
             self.best.why = "the goal does not hold on other prompts"
             if attempt + 1 < _MOST_CHECKS and not waiting:
-                waiting.append(self._slower(found, self.goal.shortfall(figures, 1 - level)))
+                waiting.append(self._slower(found, self.goal.shortfall(figures, bar)))
 
     def _slower(self, found: Found, short: float) -> Found:
         """The next plan to check: more steps the farther the last one was off."""
