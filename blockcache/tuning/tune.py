@@ -57,7 +57,7 @@ _NEXT_CLIMB = {"full": 10, "quick": 2}
 _LAST_CLIMB = 20
 """Before a budget is given up."""
 _LEAST_SLOWER = {"full": 1, "quick": 2}
-"""Steps more after a check that failed."""
+"""Steps more after a check that failed, twice as many after the next: looks are few."""
 _MOST_CHECKS = 5
 _RIVAL_ITEMS = 8
 _TIMED_RUNS = 3
@@ -530,7 +530,7 @@ class _Tuner:
 
     def _check(self, ladder: Sequence[Found]) -> None:
         self.doing = "checking on other prompts"
-        waiting = list(ladder)
+        waiting, least = list(ladder), _LEAST_SLOWER[self.effort]
         bars = self.goal.bars(len(self.check), self.confidence)
         for attempt, bar in zip(range(_MOST_CHECKS), bars, strict=False):
             found = waiting.pop(0)
@@ -544,15 +544,16 @@ class _Tuner:
                 return
             self.best.why = "the goal does not hold on other prompts"
             if attempt + 1 < _MOST_CHECKS and not waiting:
-                waiting.append(self._slower(found, self.goal.shortfall(figures, bar)))
+                is_in_db = self.goal.name == "psnr_db"
+                short = self.goal.shortfall(figures, bar) if is_in_db else 0.0
+                waiting.append(self._slower(found, max(least, round(short / 2))))
+                least *= 2
 
-    def _slower(self, found: Found, short: float) -> Found:
-        """The next plan to check: more steps the farther the last one was off."""
+    def _slower(self, found: Found, more: int) -> Found:
+        """The next plan to check, with `more` steps if there are as many."""
         self.search.use(found)
-        least = _LEAST_SLOWER[self.effort]
-        extra = max(least, round(short / 2)) if self.goal.name == "psnr_db" else least
         computed = found.computed
-        for _ in range(min(extra, self.screen.total - 1 - len(computed))):
+        for _ in range(min(more, self.screen.total - 1 - len(computed))):
             computed = self.search.longer(computed)
         if self.effort == "quick":
             return Found("lengthened", computed, (), found.shape)
