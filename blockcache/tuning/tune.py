@@ -566,7 +566,7 @@ class _Tuner:
         if found is None:
             raise RuntimeError("no plan")
         recipe = self._recipe_of(found)
-        words = []
+        speed, words = float("nan"), []
         try:
             self.doing = "timing"
             speed = self._speed(found)
@@ -574,8 +574,10 @@ class _Tuner:
                 self.best.is_met, self.best.why = False, f"measured {speed:.2f}x"
             if rivals is not None and self.best.figures and self.effort == "full":
                 words = self._race(rivals, recipe)
-        except (KeyboardInterrupt, Exhausted):
-            speed = float("nan")
+        except Exhausted as limit:
+            words = [f"the rivals were not raced: {limit}"]
+        except KeyboardInterrupt:
+            pass
         figures = {
             "met": float(self.best.is_met),
             "confidence": self.confidence,
@@ -604,6 +606,8 @@ class _Tuner:
         trial = trial_of(self.stage, recipe, items[0])
         arms = [arm for arm in rivals(trial) if not arm.objection]
         self.ledger.charge(time.perf_counter() - started)
+        # All of them, or none: each takes about as long as the plan.
+        self.ledger.check(len(arms) * len(items) * self._seconds / self.ledger.run_s)
         ours = Raced("this plan", 0, tuple(self.best.figures[: len(items)]), self._seconds)
         raced = [race(self.stage, self.scorer, self.goal, arm, items) for arm in arms]
         return words_on_rivals(self.goal, ours, raced, _SPEED_MARGIN)

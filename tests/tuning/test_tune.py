@@ -11,6 +11,7 @@ from blockcache.errors import BlockCacheError
 from blockcache.plan import Every, Plan, Recipe, Rule, Site
 from blockcache.tuning import quality
 from blockcache.tuning.compare import Arm
+from blockcache.tuning.scoring import Exhausted
 from blockcache.tuning.tune import _PASSES, _Tuner, split, tune
 
 PROMPTS = [f"a {colour} robot in the {place}" for colour in ("red", "blue") for place in "abc"]
@@ -162,6 +163,22 @@ def test_rivals_that_do_as_well_are_named(flux, monkeypatch):
     plan = tune(flux.pipe, PROMPTS, psnr=40, rivals=rivals, **call_of(flux))
     assert "rival all computed (10 steps) is as fast and nearer: 100 against" in plan.note
     assert "two steps" not in plan.note and "impossible" not in plan.note
+
+
+def test_rivals_that_would_go_beyond_the_limit_are_left_out(flux, monkeypatch):
+    asked = []
+
+    def check(ledger, more_runs=0.0):
+        asked.append(more_runs)
+        if more_runs > 1:
+            raise Exhausted("enough")
+
+    monkeypatch.setattr("blockcache.tuning.scoring.Ledger.check", check)
+    plan = tune(
+        flux.pipe, PROMPTS, psnr=40, rivals=lambda trial: [Arm("never", 10)] * 8, **call_of(flux)
+    )
+    assert asked[-1] > 1 and "the rivals were not raced: enough" in plan.note
+    assert plan.reached["met"] == 1 and plan.reached["speedup"] > 0
 
 
 def test_a_pipeline_that_does_not_repeat_itself_is_refused(flux, monkeypatch, caplog):
