@@ -342,14 +342,14 @@ class _Tuner:
         found = self._refine(budget, (), _FIRST_CLIMB[self.effort])
         found = self._choose_shape(found, AXES[self.effort])
         ladder: list[Found] = []
-        while self._is_enough(found):
+        while self._reaches(found):
             ladder.insert(0, found)
             self.best.found = found
             if len(found.computed) <= _LEAST_BUDGET:
                 return ladder
             shorter = self.search.shorter(found.computed)
             found = self._refine(len(shorter), (("shortened", shorter),), _NEXT_CLIMB[self.effort])
-            if not self._is_enough(found) and self.effort == "full":
+            if not self._reaches(found) and self.effort == "full":
                 # What suited the longer mask need not suit this one.
                 found = self._choose_shape(found, ("forecast",))
                 found = self.search.climb(found, _LAST_CLIMB)
@@ -358,7 +358,7 @@ class _Tuner:
                 return [found]
             longer = self.search.longer(found.computed)
             found = self._refine(len(longer), (("lengthened", longer),), _NEXT_CLIMB[self.effort])
-            if self._is_enough(found):
+            if self._reaches(found):
                 ladder.append(found)
         return ladder
 
@@ -369,30 +369,27 @@ class _Tuner:
         while low < high:
             # Nearer the fast end: plans there are the likely ones, and cheaper to try.
             middle = low + max(1, (high - low) // 3) - (1 if high - low == 1 else 0)
-            origin, computed = self._screened(middle)
-            if self._reaches(computed, self.search.shape):
+            tried = Found(*self._screened(middle), (), self.search.shape)
+            if self._reaches(tried):
                 high = middle
             else:
                 low = middle + 1
             if high == middle or high == self.screen.total - 1:
                 # The fastest that reaches it, or as long as there is none, the nearest.
-                self.best.found = Found(origin, computed, (), self.search.shape)
+                self.best.found = tried
         return low
 
     def _screened(self, budget: int) -> tuple[str, Mask]:
         masks = [(c.origin, c.computed) for c in self.screen.candidates(budget)]
         return masks[1 if len(masks) > 2 else 0]
 
-    def _reaches(self, computed: Mask, shape: Shape) -> bool:
+    def _reaches(self, found: Found) -> bool:
         """Whether the check may be expected to convince: it asks for more than `share` of them."""
         count, searched = len(self.check), len(self.calibration)
         asked = next(self.goal.bars(count, self.confidence)) / count
         misses = int(max(0.0, 1 - asked) * (searched - 1) + 1e-9)
-        recipe = self._recipe(computed, shape)
+        recipe = self._recipe_of(found)
         return self.scorer.reach(recipe, self.calibration, self.goal, searched - misses)
-
-    def _is_enough(self, found: Found) -> bool:
-        return self._reaches(found.computed, found.shape)
 
     def _refine(self, budget: int, more: Sequence[tuple[str, Mask]], climb: int) -> Found:
         self.doing = f"searching {budget} of {self.screen.total} steps"
