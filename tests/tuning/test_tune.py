@@ -1,5 +1,6 @@
 import logging
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,7 +12,9 @@ from blockcache.errors import BlockCacheError
 from blockcache.plan import Every, Plan, Recipe, Rule, Site
 from blockcache.tuning import quality
 from blockcache.tuning.compare import Arm
-from blockcache.tuning.scoring import Exhausted
+from blockcache.tuning.goal import Goal
+from blockcache.tuning.scoring import Exhausted, Ledger
+from blockcache.tuning.search import Found, Search
 from blockcache.tuning.tune import _PASSES, _Tuner, split, tune
 
 PROMPTS = [f"a {colour} robot in the {place}" for colour in ("red", "blue") for place in "abc"]
@@ -147,6 +150,42 @@ def test_a_limit_on_runs_is_kept(flux):
     assert plan.reached["passes"] * plan.reached["calibrated"] < 75
     with pytest.raises(BlockCacheError, match="before anything was found; allow more"):
         tune(flux.pipe, PROMPTS, psnr=60, max_runs=1, **call_of(flux))
+
+
+@pytest.mark.parametrize(
+    ("first", "holds", "answer"),
+    [
+        (8, {8: 15, 7: 13, 6: 11}, 7),
+        (8, {8: 12, 7: 11}, 8),
+        (4, {4: 12, 3: 12}, 3),
+        # Up by two, for looks are few; down by one, which costs nothing.
+        (6, {6: 3, 8: 14, 7: 12}, 7),
+    ],
+)
+def test_from_a_plan_that_holds_the_check_goes_on_to_faster_ones(first, holds, answer):
+    """`holds`: of 16 pictures, by the number of steps; twelve convince at the first two looks."""
+    tuner, looked_at = _Tuner.__new__(_Tuner), []
+
+    def figures(steps, *_):
+        looked_at.append(steps)
+        return holds[steps] * [50.0] + (16 - holds[steps]) * [39.0]
+
+    tuner.goal = Goal("psnr_db", 40.0, quality.psnr)
+    tuner.confidence, tuner.effort, tuner.check = 0.9, "quick", list(range(16))
+    tuner.ledger, tuner._prompts = Ledger(most_runs=100.0), 8
+    tuner.screen, tuner.search = SimpleNamespace(total=50), Search(None, None, [], None)
+    tuner.search.shorter = lambda mask: mask[:-1]
+    tuner.search.longer = lambda mask: (*mask, len(mask))
+    tuner._recipe_of = lambda found: len(found.computed)
+    tuner.scorer = SimpleNamespace(
+        figures=figures,
+        reach=lambda steps, items, goal, bar: sum(map(goal.reaches, figures(steps))) >= bar,
+    )
+    tuner._check([Found("here", tuple(range(first)), ())])
+    assert set(looked_at) == set(holds)
+    assert tuner.best.is_met and len(tuner.best.found.computed) == answer
+    assert sum(map(tuner.goal.reaches, tuner.best.figures)) == holds[answer] >= 12
+    assert tuner.ledger.most_runs == 100
 
 
 def test_rivals_that_do_as_well_are_named(flux, monkeypatch):
