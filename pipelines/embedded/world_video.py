@@ -50,6 +50,7 @@ HOP = 3
 PERIOD = 8
 """Distance in tokens between neighbours, across and up."""
 HELD_OUT_ONE_IN = 10
+HELD_OUT_CLIPS = 36
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,13 @@ def sample_clip(generator: torch.Generator, *, held_out: bool = False) -> Clip:
 
 
 def held_out_clips(n: int, seed: int) -> list[Clip]:
-    """``n`` different clips of the evaluation split, which has 36."""
+    """``n`` different clips of the evaluation split.
+
+    Raises:
+        ValueError: there are not as many.
+    """
+    if n > HELD_OUT_CLIPS:
+        raise ValueError(f"the evaluation split has {HELD_OUT_CLIPS} clips, asked for {n}")
     generator = torch.Generator().manual_seed(seed)
     clips: dict[Clip, None] = {}
     while len(clips) < n:

@@ -53,9 +53,11 @@ def test_training_never_draws_a_held_out_clip():
     drawn = {world_video.sample_clip(generator) for _ in range(2000)}
     held_out = {clip for clip in every_clip() if clip.is_held_out}
     assert len(every_clip()) == 368
-    assert len(held_out) == 36
+    assert len(held_out) == world_video.HELD_OUT_CLIPS
     assert not drawn & held_out
-    assert set(world_video.held_out_clips(20, seed=1)) <= held_out
+    assert set(world_video.held_out_clips(len(held_out), seed=1)) == held_out
+    with pytest.raises(ValueError, match="has 36 clips, asked for 37"):
+        world_video.held_out_clips(37, seed=1)
     assert {clip.shape for clip in held_out} == set(range(len(SHAPES)))
     assert {clip.motion for clip in held_out} == set(range(len(MOTIONS)))
 
