@@ -56,7 +56,8 @@ def one(
         "met": bool(reached["met"]),
         "speedup": reached["speedup"],
         "passes": reached["passes"],
-        "checked_db": [reached["psnr_db_median"], reached["psnr_db_worst"]],
+        # None of a plan that a limit left unchecked.
+        "checked_db": [reached.get("psnr_db_median"), reached.get("psnr_db_worst")],
         "fresh_db": [statistics.median(found), min(found)],
         "kept": statistics.median(found) >= goal,
         "steps": len(plan.recipe.rules[0].policy.computed[0]),
@@ -81,7 +82,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     """Markdown, one row per tuning."""
     lines = [COLUMNS, ("--:",) * len(COLUMNS)]
     for number, row in enumerate(rows, 1):
-        pairs = ["{:.1f} / {:.1f}".format(*row[name]) for name in ("checked_db", "fresh_db")]
+        pairs = [_pair(row[name]) for name in ("checked_db", "fresh_db")]
         words = ["yes" if row[name] else "**no**" for name in ("met", "kept")]
         figures = (f"{row['speedup']:.2f}x", f"{row['passes']:.1f}")
         lines.append(
@@ -96,6 +97,10 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
             )
         )
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _pair(figures: Sequence[float | None]) -> str:
+    return " / ".join("-" if figure is None else f"{figure:.1f}" for figure in figures)
 
 
 @click.command()

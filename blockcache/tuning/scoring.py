@@ -10,6 +10,7 @@ import json
 import math
 import statistics
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,6 +30,8 @@ from blockcache.tuning.stage import Item, Render, Stage, early_of, final_of
 _CAP_DB = 120.0
 _CLEAR_DB = 0.5
 """A candidate this much behind over half of the prompts is not run on the others."""
+_RECENT = 5
+"""Uncached runs that say how long one takes now."""
 
 
 class Exhausted(Exception):
@@ -40,34 +43,29 @@ class Ledger:
     """What the search has cost, and what it may.
 
     most_runs: limit in uncached runs. deadline: on `time.monotonic`. note: called after every run.
+    runs: cost so far, in uncached runs.
     """
 
     most_runs: float = float("inf")
     deadline: float = float("inf")
     note: Callable[["Ledger"], None] = field(default=lambda ledger: None)
-    spent_s: float = 0.0
-    _uncached: list[float] = field(default_factory=list)
+    runs: float = 0.0
+    _uncached: deque[float] = field(default_factory=lambda: deque(maxlen=_RECENT))
 
     @property
     def run_s(self) -> float:
-        """Seconds of an uncached run, median of those seen; 0 before the first."""
+        """Seconds of an uncached run, median of the last ones; 0 before the first."""
         return statistics.median(self._uncached) if self._uncached else 0.0
 
-    @property
-    def runs(self) -> float:
-        """Cost so far in uncached runs."""
-        return self.spent_s / self.run_s if self._uncached else 0.0
-
     def charge(self, seconds: float, is_uncached: bool = False) -> None:
-        """Count a run."""
-        self.spent_s += seconds
+        """Count a run; what was counted stays, should the machine's speed change."""
         if is_uncached:
-            # On a machine whose speed varies, later ones count as much as the first.
             self._uncached.append(seconds)
+        self.runs += 1.0 if is_uncached else seconds / self.run_s
         self.note(self)
 
     def learn(self, seconds: float) -> None:
-        """Note the time of an uncached run that is counted elsewhere."""
+        """Note the time of an uncached run that is counted elsewhere; needed before the first."""
         self._uncached.append(seconds)
 
     def check(self, more_runs: float = 0.0) -> None:

@@ -97,6 +97,17 @@ def test_the_ledger_counts_in_uncached_runs_and_stops():
         Ledger(deadline=0.0).check()
 
 
+def test_what_was_counted_stays_when_the_machine_gets_faster():
+    ledger = Ledger()
+    ledger.learn(2.0)
+    ledger.charge(20.0)
+    for _ in range(10):
+        ledger.charge(1.0, is_uncached=True)
+    assert ledger.runs == 20 and ledger.run_s == 1.0
+    ledger.charge(5.0)
+    assert ledger.runs == 25
+
+
 def test_memory_survives_a_search_that_was_killed_while_writing(tmp_path):
     file = tmp_path / "runs.jsonl"
     recipes = [Recipe((Rule(Site(), MaskTable(((0, k),), 5)),)) for k in (1, 2)]
