@@ -57,7 +57,7 @@ _FIRST_CLIMB = {"full": 24, "quick": 5}
 _NEXT_CLIMB = {"full": 10, "quick": 2}
 _LAST_CLIMB = 20
 """Before a budget is given up."""
-_LAST = {"full": 3.0, "quick": 1.0}
+_LAST = {"full": 4.0, "quick": 1.0}
 """Of the reserved, what the timing and the rivals need."""
 _LEAST_SLOWER = 2
 """Steps more after a check that failed, twice as many after the next: looks are few."""
