@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from html import escape
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -154,15 +155,7 @@ def _compared(folder: Path, number: int, plan: str, row: dict[str, Any]) -> Item
 
 
 def _of_generate(folder: Path) -> Folder:
-    newest: dict[str, dict[str, Any]] = {}
-    for path in manifest.files(folder):
-        for row in manifest.rows(path):
-            known = newest.get(str(row["id"]))
-            if known is None or row["finished"] >= known["finished"]:
-                newest[str(row["id"])] = row
-            if len(newest) >= _MOST_ITEMS:
-                break
-    rows = sorted(newest.values(), key=lambda row: int(row["row"]))
+    rows = [json.loads(line) for line in islice(manifest.latest(folder), _MOST_ITEMS)]
     items = tuple(_generated(folder, number, row) for number, row in enumerate(rows))
     done = sum(not item.error for item in items)
     model = next((str(row.get("model", "")) for row in rows), "")

@@ -56,6 +56,7 @@ class Job:
         self.error = ""
         self.remarks: list[str] = []
         self._is_stopped = False
+        self._turn = threading.Lock()
         self._deadline = float("inf")
         self._seen = time.monotonic()
 
@@ -69,8 +70,11 @@ class Job:
         self._seen = time.monotonic()
 
     def stop(self) -> None:
-        """End it as soon as it asks."""
-        self._is_stopped = True
+        """End it: at once if it still waits, else as soon as it asks."""
+        with self._turn:
+            self._is_stopped = True
+            if self.state == "waiting":
+                self.state = "stopped"
 
     @property
     def is_stopped(self) -> bool:
@@ -98,9 +102,12 @@ class Job:
             )
 
     def run(self) -> None:
-        """Do it. Whatever happens is noted; nothing is raised."""
-        self._deadline = time.monotonic() + 60 * self._minutes
-        self.state = "running"
+        """Do it, unless it was stopped. Whatever happens is noted; nothing is raised."""
+        with self._turn:
+            if self.is_over:
+                return
+            self._deadline = time.monotonic() + 60 * self._minutes
+            self.state = "running"
         try:
             self.check()
             self.result = self._work(self)
@@ -135,10 +142,18 @@ class Desk:
             BlockCacheError: too many wait already.
         """
         with self._changed:
+            self._send_away()
             if len(self._jobs) >= MOST_WAITING:
                 raise BlockCacheError(f"{len(self._jobs)} others wait already; try again later")
             self._jobs.append(job)
             self._changed.notify()
+
+    def _send_away(self) -> None:
+        """Those who stopped or left make room."""
+        for job in self._jobs:
+            if job.is_stopped:
+                job.stop()
+        self._jobs = deque(job for job in self._jobs if not job.is_over)
 
     def before(self, job: Job) -> int:
         """How many are served first; 0 for the one being served."""

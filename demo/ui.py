@@ -4,8 +4,9 @@ Everything that computes is in `runs`; everything that is drawn comes from `pane
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import asdict
+from functools import wraps
 from pathlib import Path
 from typing import Any, overload
 
@@ -45,6 +46,17 @@ _LIVE = {"concurrency_limit": None, "show_progress": "hidden", "api_visibility":
 
 Values = Mapping[Any, Any]
 Updates = dict[Any, Any]
+
+
+def _of_visitor(handler: Callable[..., Updates]) -> Callable[..., Updates]:
+    """Hand over the visit in place of its token; the browser learns the token of a new one."""
+
+    @wraps(handler)
+    def handle(page: "Page", token: object, *more: Any) -> Updates:
+        visit = page.shop.visits.open(token)
+        return {page.token: visit.token, **handler(page, visit, *more)}
+
+    return handle
 
 
 class Page:
@@ -253,9 +265,11 @@ class Page:
 
     @property
     def _shown(self) -> list[Any]:
-        """What changes when a job goes on or another pair is shown."""
+        """What changes when a job goes on or another pair is shown, and whose it is."""
         panes = [self.status, self.result, self.why, self.explore, self.plan, self.go, self.stop]
-        return [*panes, self.tune_status, self.tuned, self.apply, self.tune, self.tune_stop]
+        tuning = [self.tune_status, self.tuned, self.apply, self.tune, self.tune_stop]
+        # The token first: what a change of another one sets off is already asked with it.
+        return [self.token, *panes, *tuning]
 
     def _wire(self) -> None:
         import gradio as gr
@@ -271,16 +285,16 @@ class Page:
         live: dict[str, Any] = {**_LIVE}
         quick = {**live, "queue": False}
         restored = [*self._settings.values(), *self._whats.values(), self.picked, self.upload]
-        self.blocks.load(opened, self.token, [self.token, *restored, *self._shown], **live).then(
+        self.blocks.load(opened, self.token, [*self._shown, *restored], **live).then(
             self._reattach, self.token, self._shown, **live
         )
         gr.on([self.go.click, self.prompt.submit], self._generate, asked, self._shown, **live)
-        gr.on([self.stop.click, self.tune_stop.click], self._stop, self.token, None, **quick)
+        gr.on([self.stop.click, self.tune_stop.click], self._stop, self.token, self.token, **quick)
         tuning = {*asked, self.prompts, self.goal, self.wanted, self.effort, self.minutes}
         self.tune.click(self._tune, tuning, self._shown, **live)
-        self.apply.click(self._apply, self.token, [*restored, self.tabs], **quick)
+        self.apply.click(self._apply, self.token, [self.token, *restored, self.tabs], **quick)
         self.explore.select(brought_back, self.token, [*self._shown, *restored, self.tabs], **quick)
-        chosen = [*self._whats.values(), self.knobs, self.upload, self.picked]
+        chosen = [self.token, *self._whats.values(), self.knobs, self.upload, self.picked]
         gr.on(
             [self.way.input, self.target.change],
             self._choose_way,
@@ -295,7 +309,10 @@ class Page:
             **quick,
         )
         self.upload.upload(
-            self._take_plan, [self.token, self.upload], [self.plan, self.status], **quick
+            self._take_plan,
+            [self.token, self.upload],
+            [self.token, self.plan, self.status],
+            **quick,
         )
         self.goal.input(
             lambda goal: _GOALS.get(goal, (None, None))[1], self.goal, self.wanted, **quick
@@ -309,10 +326,10 @@ class Page:
 
     # ---- opening -------------------------------------------------------------------------------
 
-    def _open(self, token: object, query: Mapping[str, str]) -> Updates:
+    @_of_visitor
+    def _open(self, visit: Visit, query: Mapping[str, str]) -> Updates:
         """A new page: this visitor's things, or what the link asks for."""
-        visit = self.shop.visits.open(token)
-        updates = {self.token: visit.token, **self._panes(visit)}
+        updates = self._panes(visit)
         try:
             asked, plan = from_query(query)
             if plan is not None:
@@ -382,8 +399,7 @@ class Page:
     async def _reattach(self, token: object) -> AsyncIterator[Updates]:
         """After a reload in mid-run, go on watching."""
         visit = self.shop.visits.open(token)
-        # A generator that yields nothing empties all its outputs.
-        yield {self.status: self.gr.skip()}
+        yield {self.token: visit.token}
         if visit.is_busy:
             async for updates in self._watch(visit):
                 yield updates
@@ -392,6 +408,7 @@ class Page:
 
     async def _generate(self, values: Values) -> AsyncIterator[Updates]:
         visit = self.shop.visits.open(values[self.token])
+        yield {self.token: visit.token}
         try:
             self.shop.compare(visit, self._asked(values), is_fresh=bool(values[self.fresh]))
         except BlockCacheError as error:
@@ -402,6 +419,7 @@ class Page:
 
     async def _tune(self, values: Values) -> AsyncIterator[Updates]:
         visit = self.shop.visits.open(values[self.token])
+        yield {self.token: visit.token}
         word, _ = _GOALS.get(values[self.goal], ("psnr", 0.0))
         prompts = [line.strip() for line in str(values[self.prompts] or "").splitlines()]
         try:
@@ -471,16 +489,17 @@ class Page:
             **self._buttons(is_busy=visit.is_busy),
         }
 
-    def _stop(self, token: object) -> None:
-        visit = self.shop.visits.open(token)
+    @_of_visitor
+    def _stop(self, visit: Visit) -> Updates:
         if visit.job is not None:
             visit.job.stop()
+        return {}
 
     # ---- choosing ------------------------------------------------------------------------------
 
-    def _bring_back(self, token: object, event: Any) -> Updates:
+    @_of_visitor
+    def _bring_back(self, visit: Visit, event: Any) -> Updates:
         """Show another pair, with its settings."""
-        visit = self.shop.visits.open(token)
         try:
             visit.current = visit.pair(str(event.id))
         except BlockCacheError as error:
@@ -493,17 +512,17 @@ class Page:
             self.tabs: self.gr.update(selected="compare"),
         }
 
-    def _apply(self, token: object) -> Updates:
+    @_of_visitor
+    def _apply(self, visit: Visit) -> Updates:
         """Take the plan that was tuned last."""
-        visit = self.shop.visits.open(token)
         name = visit.last_tuned.name if visit.last_tuned else ""
         return {
             **self._restored(visit, {"way": "plan", "what": name}),
             self.tabs: self.gr.update(selected="compare"),
         }
 
-    def _choose_way(self, token: object, way: str, target: float, model: str) -> Updates:
-        visit = self.shop.visits.open(token)
+    @_of_visitor
+    def _choose_way(self, visit: Visit, way: str, target: float, model: str) -> Updates:
         return self._choices(visit, way, target if way == "target" else None, model)
 
     def _choose_model(self, name: str) -> tuple[Any, ...]:
@@ -515,8 +534,8 @@ class Page:
         frames = gr.update(value=new.frames, visible=new.is_video)
         return new.steps, new.height, new.width, frames, new.guidance
 
-    def _take_plan(self, token: object, path: str | None) -> Updates:
-        visit = self.shop.visits.open(token)
+    @_of_visitor
+    def _take_plan(self, visit: Visit, path: str | None) -> Updates:
         if not path:
             return {}
         file = Path(path)
@@ -568,8 +587,8 @@ class Page:
     def _folder(self, number: int | None) -> Path:
         return self.folders[min(max(0, int(number or 0)), len(self.folders) - 1)]
 
-    def _show_item(self, token: object, number: int | None, event: Any) -> Updates:
-        visit = self.shop.visits.open(token)
+    @_of_visitor
+    def _show_item(self, visit: Visit, number: int | None, event: Any) -> Updates:
         try:
             items = browse.numbers(browse.read(self._folder(number)).items)
             item = items.get(int(_number(event.id, -1)))
@@ -578,7 +597,7 @@ class Page:
             shown = browse.opened(item, visit)
         except BlockCacheError as error:
             shown = panels.alert(str(error))
-        return {self.opened: shown, self.token: visit.token}
+        return {self.opened: shown}
 
 
 @overload

@@ -223,6 +223,15 @@ def test_a_folder_of_generate(folder):
     assert found.items[6].error == "out of memory"
 
 
+def test_a_part_is_newer_than_what_is_merged_whatever_the_clocks_say(folder):
+    """Another machine's clock, an hour behind, brought the old picture back."""
+    (folder / "parts").mkdir()
+    later = row(1, prompt="made anew", finished=-3600)
+    (folder / "parts" / "rank-0000-other-1.jsonl").write_text(json.dumps(later) + "\n")
+    prompts = [item.prompt for item in browse.read(folder).items]
+    assert prompts[:3] == ["the later line counts", "made anew", HOSTILE] and len(prompts) == 7
+
+
 def test_a_manifest_cannot_name_files_elsewhere(folder):
     """Paths upwards, absolute ones and what is no picture get nothing."""
     items = browse.read(folder).items

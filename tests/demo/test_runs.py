@@ -1,8 +1,10 @@
 """The demo without its page: what is compared, kept, queued, stopped and refused."""
 
+import asyncio
 import csv
 import threading
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -208,6 +210,41 @@ def test_the_queue_has_an_end(monkeypatch):
     place.close()
 
 
+def test_who_stopped_or_left_takes_no_place_in_the_queue(monkeypatch):
+    monkeypatch.setattr(desk, "MOST_WAITING", 1)
+    place, go = desk.Desk(), threading.Event()
+    jobs = [Job("compare", lambda job: go.wait(10), minutes=1) for _ in range(4)]
+    running, stopped, left, last = jobs
+    place.submit(running)
+    while running.state == "waiting":
+        time.sleep(0.001)
+    place.submit(stopped)
+    stopped.stop()
+    place.submit(left)
+    left._seen -= desk.ABANDONED_S + 1
+    place.submit(last)
+    assert place.before(last) == 1
+    go.set()
+    finished(last)
+    assert [job.state for job in jobs] == ["done", "stopped", "stopped", "done"]
+    place.close()
+
+
+def test_who_stops_while_waiting_may_ask_again_at_once(shop, visit, gate):
+    gate.hold(after=1)
+    other = shop.compare(shop.visits.open(), ASKED, is_fresh=True)
+    gate.wait()
+    job = shop.compare(visit, ASKED)
+    assert visit.is_busy
+    job.stop()
+    assert job.state == "stopped" and not visit.is_busy
+    again = shop.compare(visit, ASKED)
+    assert shop.desk.before(again) == 1
+    gate.open()
+    assert [finished(one).state for one in (other, again)] == ["done", "done"]
+    assert job.state == "stopped" and job.result is None
+
+
 def test_a_visitor_has_one_run_at_a_time(shop, visit, gate):
     gate.hold(after=1)
     job = shop.compare(visit, ASKED, is_fresh=True)
@@ -383,6 +420,58 @@ def test_visits_are_known_by_their_token_alone(tmp_path):
     assert one.token not in str(one.folder)
     visits.close()
     assert not (tmp_path / "visits").exists()
+
+
+@pytest.fixture
+def page(shop, tmp_path):
+    """The page without a server, with a folder to browse."""
+    pytest.importorskip("gradio", reason="the demo needs gradio")
+    from blockcache.demo.ui import Page
+
+    return Page(shop, [tmp_path])
+
+
+@pytest.mark.parametrize(
+    ("handler", "more"),
+    [
+        ("_open", ({},)),
+        ("_stop", ()),
+        ("_bring_back", (SimpleNamespace(id="gone"),)),
+        ("_apply", ()),
+        ("_choose_way", ("recipe", 35.0, "tiny-image")),
+        ("_take_plan", (None,)),
+        ("_show_item", (0, SimpleNamespace(id=0))),
+    ],
+)
+def test_a_page_whose_visit_was_forgotten_learns_of_its_new_one(shop, page, handler, more):
+    token = getattr(page, handler)("forgotten", *more)[page.token]
+    assert token != "forgotten" and shop.visits.open(token).token == token
+
+
+def test_every_event_that_may_open_a_visit_tells_the_browser(page):
+    asking = [event for event in page.blocks.fns.values() if page.token in event.inputs]
+    assert asking
+    assert [event.fn for event in asking if page.token not in event.outputs] == []
+
+
+def test_a_page_whose_visit_was_forgotten_can_stop_its_run(shop, page, gate):
+    """Every press opened another visit; Stop looked for the run in one of its own."""
+    asked = [*page._settings.values(), *page._whats.values(), page.fresh]
+    values = {part: part.value for part in asked} | {page.steps: STEPS, page.fresh: True}
+
+    async def generate_and_stop():
+        token = "forgotten"
+        async for updates in page._generate({**values, page.token: token}):
+            token, said = updates.get(page.token, token), updates.get(page.status, "")
+            if said:
+                page._stop(token)
+                gate.open()
+        return token, said
+
+    gate.hold(after=1)
+    token, said = asyncio.run(generate_and_stop())
+    assert "Stopped. Nothing was kept of it." in said
+    assert shop.visits.open(token).job.state == "stopped"
 
 
 def test_the_table_is_no_formula(shop, compare):
