@@ -123,21 +123,22 @@ def plan_for(target: Any, what: What = "balanced", steps: int = 50, sigmas: Any 
 
     Args:
         target: A pipeline or denoiser; of a pipeline with two denoisers the first is taken.
-        what: As for `enable`.
+        what: As for `enable`; a plan is checked and given back as it is.
         steps: Steps of the run.
         sigmas: The sampler's noise levels, one per step (and a final one); without them the plan
             travels to other step counts by share of the run.
 
     Raises:
-        PlanError, UnsupportedModelError: as for `enable`.
+        PlanError, PlanMismatchError, UnsupportedModelError: as for `enable`.
     """
-    if steps < 1:
-        raise PlanError(f"steps must be at least 1, got {steps}")
+    if not isinstance(steps, int) or steps < 1:
+        raise PlanError(f"steps must be a whole number, at least 1, got {steps!r:.60}")
     chosen = read(what)
-    if isinstance(chosen, Plan):
-        return chosen
     model = next(iter(denoisers(target).values()))
     blocks = find_blocks(model)
+    recipe = _recipe_for(model, blocks, chosen)
+    if isinstance(chosen, Plan):
+        return chosen
     levels = None if sigmas is None else [float(s) for s in sigmas]
     if levels is not None and len(levels) not in (steps, steps + 1):
         raise PlanError(f"expected {steps} sigmas (or one more, the final one), got {len(levels)}")
@@ -145,7 +146,7 @@ def plan_for(target: Any, what: What = "balanced", steps: int = 50, sigmas: Any 
     sampler = type(getattr(target, "scheduler", None)).__name__
     mark = fingerprint(model, blocks, "" if sampler == "NoneType" else sampler)
     layout = Layout((len(blocks),), blocks.unet)
-    return Plan.make(chosen, mark, places, layout, with_sigmas=levels is not None)
+    return Plan.make(recipe, mark, places, layout, with_sigmas=levels is not None)
 
 
 def denoisers(target: Any) -> dict[str, nn.Module]:
@@ -156,11 +157,13 @@ def denoisers(target: Any) -> dict[str, nn.Module]:
     """
     if isinstance(target, nn.Module):
         return {"": getattr(target, "_orig_mod", target)}
-    found = {
-        name: getattr(part, "_orig_mod", part)
-        for name in _DENOISERS
-        if isinstance(part := getattr(target, name, None), nn.Module)
-    }
+    found: dict[str, nn.Module] = {}
+    for name in _DENOISERS:
+        part = getattr(target, name, None)
+        model = getattr(part, "_orig_mod", part)
+        # One model may stand under two names.
+        if isinstance(model, nn.Module) and model not in found.values():
+            found[name] = model
     if not found:
         parts = sorted(getattr(target, "components", {}))
         raise UnsupportedModelError(
@@ -213,12 +216,18 @@ def _runner(model: nn.Module, chosen: Recipe | Plan, scheduler: Any, group: Any)
             f"{type(model).__name__} has diffusers' own cache enabled; call disable_cache() first"
         )
     blocks = find_blocks(model)
+    recipe = _recipe_for(model, blocks, chosen)
+    made_for = chosen.fingerprint if isinstance(chosen, Plan) else None
+    return Runner(model, blocks, recipe, scheduler, group, made_for)
+
+
+def _recipe_for(model: nn.Module, blocks: Blocks, chosen: Recipe | Plan) -> Recipe:
+    """The recipe, if it is one for this model."""
     if isinstance(chosen, Plan):
         chosen.fingerprint.check(fingerprint(model, blocks))
     recipe = chosen.recipe if isinstance(chosen, Plan) else chosen
     check_sites(recipe, blocks)
-    made_for = chosen.fingerprint if isinstance(chosen, Plan) else None
-    return Runner(model, blocks, recipe, scheduler, group, made_for)
+    return recipe
 
 
 def check_sites(recipe: Recipe, blocks: Blocks) -> None:

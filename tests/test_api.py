@@ -126,11 +126,47 @@ def test_plan_for_writes_down_steps_sigmas_and_model(flux):
 
 @pytest.mark.parametrize(
     ("settings", "word"),
-    [(dict(steps=0), "at least 1"), (dict(steps=-3), "at least 1"), (dict(what="x"), "unknown")],
+    [
+        (dict(steps=0), "at least 1"),
+        (dict(steps=-3), "at least 1"),
+        (dict(steps="10"), "whole number"),
+        (dict(steps=10.0), "whole number"),
+        (dict(what="x"), "unknown"),
+    ],
 )
 def test_plan_for_refuses(flux, settings, word):
     with pytest.raises(PlanError, match=word):
         blockcache.plan_for(flux.pipe, **settings)
+
+
+def test_plan_for_refuses_what_enable_refuses(flux, build_tiny):
+    plan = blockcache.plan_for(build_tiny("wan", layers=2).pipe, "every", steps=4)
+    with pytest.raises(PlanMismatchError, match="WanTransformer3DModel"):
+        blockcache.plan_for(flux.pipe, plan)
+    beyond = Recipe((Rule(Site("span", 0, 99), Every(2)),))
+    with pytest.raises(PlanError, match="99"):
+        blockcache.plan_for(flux.pipe, beyond)
+
+
+def test_how_weights_are_quantised_makes_no_other_model(flux, build_tiny):
+    plan = blockcache.plan_for(flux.pipe, "every", steps=STEPS)
+    small = build_tiny("flux", layers=2)
+    small.denoiser.register_to_config(quantization_config={"quant_method": "bitsandbytes"})
+    blockcache.enable(small.pipe, plan)
+    assert len(run(small)) == 1
+
+
+def test_one_model_under_two_names(build_tiny):
+    """A merged checkpoint in the place of both experts: hooks on hooks called each other."""
+    wan = build_tiny("wan", layers=2)
+    wan.pipe.register_modules(transformer_2=wan.denoiser)
+    wan.pipe.register_to_config(boundary_ratio=0.5)
+    before = run(wan)
+    blockcache.enable(wan.pipe, "every")
+    assert list(blockcache.api.attachments(wan.pipe)) == ["transformer"]
+    assert not torch.equal(run(wan), before)
+    blockcache.disable(wan.pipe)
+    assert torch.equal(run(wan), before)
 
 
 def test_plan_for_refuses_sigmas_that_do_not_match_the_steps(flux):

@@ -17,7 +17,12 @@ from blockcache.plan.plan import Fingerprint
 
 def fingerprint(model: nn.Module, blocks: Blocks, sampler: str = "") -> Fingerprint:
     """What a plan for this model is marked with before anything is run."""
-    config = {k: v for k, v in dict(getattr(model, "config", {})).items() if not k.startswith("_")}
+    # How its weights are stored does not make it another model, as little as their dtype does.
+    config = {
+        name: value
+        for name, value in dict(getattr(model, "config", {})).items()
+        if not name.startswith("_") and name != "quantization_config"
+    }
     text = json.dumps(config, sort_keys=True, default=str)
     digest = hashlib.sha256(text.encode()).hexdigest()[:16]
     weights = next(model.parameters(), None)

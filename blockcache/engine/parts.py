@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from blockcache.engine.blocks import Blocks
-from blockcache.engine.wiring import Gap, Values, filled, is_opaque, leaves, mapped
+from blockcache.engine.wiring import Gap, Values, filled, is_opaque, leaf_at, leaves, mapped
 from blockcache.plan.recipe import Rule
 from blockcache.plan.steps import Step
 
@@ -173,8 +173,14 @@ class Cell:
         wanted = rule.payload == "residual" and rule.site.scope in ("model", "transformer")
         if not wanted or entered is None:
             return None
-        forms = [(leaf.shape, leaf.dtype) for _, leaf in leaves(self.form) if isinstance(leaf, Gap)]
-        return entered if forms == [(entered.shape, entered.dtype)] else None
+        found = [(path, leaf) for path, leaf in leaves(self.form) if isinstance(leaf, Gap)]
+        if len(found) != 1:
+            return None
+        path, leaf = found[0]
+        # A list of one picture is kept like a list of two.
+        is_listed = bool(path) and isinstance(leaf_at(self.form, path[:-1]), list)
+        fits = (leaf.shape, leaf.dtype) == (entered.shape, entered.dtype)
+        return entered if fits and not is_listed else None
 
     def built(self, values: Values) -> Any:
         """An output in the form of the computed ones."""

@@ -328,6 +328,10 @@ class Runner:
             if self._needs_grid:
                 run.branches[-1].arrangement = signals.arrangement_of(self.denoiser, named)
         branch = run.branches[number]
+        if run.names.is_exchanged:
+            branch.drop()
+            if run.sparse is not None:
+                run.sparse.drop(number)
         branch.form, branch.step = form, step.index
         latents = signals.latents_of(named, self._names) if self._keeps_latents else None
         branch.latents = latents
@@ -375,6 +379,10 @@ class Runner:
             if isinstance(self.recipe.rules[unit.rule].policy, StaticPolicy)
             and not self._is_needed(branch, unit, step)
         )
+        for number, unit in enumerate(branch.units):
+            if unit in forward.unneeded and number not in forward.reused:
+                # What is computed now is not kept, and what is older must not be taken for it.
+                unit.history.clear()
 
     def _is_reused(
         self,
@@ -531,6 +539,8 @@ class Runner:
         self, forward: Forward, cell: Cell, entered: torch.Tensor | None, output: Any
     ) -> None:
         if not self._is_needed(forward.branch, cell, forward.step):
+            # What is older must not be taken for what is computed now.
+            cell.history.clear()
             return
         rule = self.recipe.rules[cell.rule]
         if cell.history and cell.history[0][0] == forward.step:

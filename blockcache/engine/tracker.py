@@ -201,6 +201,8 @@ def _is_host(host: Any, denoiser: nn.Module) -> bool:
 class BranchNames:
     """Gives the calls of a step stable branch numbers within one run."""
 
+    is_exchanged: bool = False
+    """The branch of the last call has another conditioning than before: what it keeps is void."""
     _known: list["_Slot"] = field(default_factory=list)
     _used: set[int] = field(default_factory=set)
 
@@ -214,8 +216,13 @@ class BranchNames:
         if call == 0:
             self._used.clear()
         found = self._by_identity(conditioning, form)
-        if found is None:
+        self.is_exchanged = False
+        if found is not None:
+            self._known[found].is_kept = True
+        else:
             found = self._by_order(form)
+            # A host that keeps a text from step to step and comes with another one means it.
+            self.is_exchanged = found is not None and self._known[found].is_kept
         if found is None:
             found = len(self._known)
             self._known.append(_Slot(form))
@@ -243,6 +250,7 @@ class BranchNames:
 class _Slot:
     def __init__(self, form: Any) -> None:
         self.form = form
+        self.is_kept = False
         self._seen: weakref.ref[torch.Tensor] | None = None
 
     def see(self, conditioning: torch.Tensor | None) -> None:

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from blockcache.errors import PlanError, PlanMismatchError
+from blockcache.plan.policies import MaskTable
 from blockcache.plan.recipe import Recipe
 from blockcache.plan.sites import Layout
 from blockcache.plan.spec import Count, from_json, shown, spec, to_json
@@ -94,6 +95,11 @@ class Plan:
         """Keep the file readable: "kind" marks a spec there."""
         if "kind" in self.reached:
             raise ValueError("reached may not have a figure named 'kind'")
+        for rule in self.recipe.rules:
+            if isinstance(rule.policy, MaskTable) and rule.policy.total != self.total:
+                raise ValueError(
+                    f"a mask table of {rule.policy.total} steps in a plan for {self.total}"
+                )
 
     @classmethod
     def make(

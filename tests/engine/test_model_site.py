@@ -350,6 +350,35 @@ def test_a_list_of_pictures():
     assert pattern(model) == "1111"
 
 
+@pytest.mark.parametrize("payload", ["residual", "output"])
+def test_a_picture_in_a_list_alone_and_beside_another(payload):
+    """A residual was kept of a list of one, and the output of a list of two."""
+
+    class Lists(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = Denoiser()
+            self.blocks = self.inner.blocks
+
+        def forward(self, x, t):
+            return (list(self.inner(torch.stack(x)).unbind()),)
+
+    def first_of(pictures):
+        model = Lists()
+        scheduler = enable(model, static(MODEL, 0, 3, total=5, payload=payload), steps=5)
+        found = []
+        with torch.no_grad():
+            for i in range(5):
+                scheduler.step_index = i
+                shown = [torch.full((2, 1), x + i) for x in pictures]
+                found.append(model(shown, scheduler.timesteps[i])[0][0])
+        return torch.stack(found)
+
+    alone = first_of([1.0])
+    assert torch.equal(alone, first_of([1.0, 50.0]))
+    assert alone[:, 0, 0].tolist() == [plain(1)] * 3 + [plain(4)] * 2
+
+
 # Compiled as a whole.
 
 

@@ -329,6 +329,38 @@ def test_a_branch_may_be_left_out_in_some_steps():
     assert outputs == [26, 1626, 1627, 1628, 29, 1629, 30, 1630]
 
 
+def test_a_branch_left_out_where_it_would_be_computed_does_not_fall_back_on_an_older_payload():
+    """Steps 2, 3 and 4 are computed, so only 4 would be kept; step 0 is not what 5 may take."""
+    model = Denoiser()
+    scheduler = enable(model, static(STACK, 0, 2, 3, 4, total=6), steps=6)
+    outputs = []
+    with torch.no_grad():
+        for i in range(6):
+            scheduler.step_index = i
+            model(column(100 + i), scheduler.timesteps[i], KEPT[0])
+            if i != 4:
+                outputs.append(model(column(i), scheduler.timesteps[i], KEPT[1]).item())
+    assert outputs == [26, 27, 58, 74, 106]
+
+
+@pytest.mark.parametrize("has_two_branches", [False, True])
+def test_a_text_exchanged_within_a_run_is_not_served_with_the_old_ones_payload(has_two_branches):
+    """As `callback_on_step_end` may do; whether the old tensor still lives makes no difference."""
+    model = Denoiser()
+    scheduler = enable(model, static(STACK, 0, total=6), steps=6)
+    outputs, texts = [], [torch.zeros(1, 3), torch.ones(1, 3)]
+    with torch.no_grad():
+        for i in range(6):
+            scheduler.step_index = i
+            if i == 3:
+                texts[0] = texts[0] + 2
+            for j in range(1 + has_two_branches):
+                x = column(100 * j + i)
+                outputs.append((j, model(x, scheduler.timesteps[i], texts[j]).item()))
+    assert [out for j, out in outputs if j == 0] == [26, 27, 28, 74, 75, 76]
+    assert [out for j, out in outputs if j == 1] == has_two_branches * list(range(1626, 1632))
+
+
 def test_another_size_within_a_run_is_another_branch():
     """A pipeline of two stages: nothing of the first size is added to the second."""
     model = Denoiser()

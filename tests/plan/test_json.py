@@ -218,6 +218,7 @@ BAD = {
     "total text": changed(total="6"),
     "total true": changed(total=True),
     "total float": changed(total=6.5),
+    "total of another run": changed(total=7),
     "total huge": changed(total=HUGE),
     "blocks negative": changed(fingerprint={**to_json(MARK), "blocks": -1}),
     "reached nan": changed(reached={"psnr": math.nan}),

@@ -163,6 +163,7 @@ def test_fits_asks_for_the_same_count_and_nearly_the_same_sigmas():
         (lambda: MaskTable((), 3), "computed"),
         (lambda: MaskTable(((1, 0),), 3), "increasing"),
         (lambda: MaskTable(((1, 1),), 3), "increasing"),
+        (lambda: MaskTable(((0, 1),), 3, (0.1, 0.5, 0.9)), "must not rise"),
         (lambda: MaskTable(((0, 3),), 3), r"0\.\.2"),
         (lambda: MaskTable(((-1, 0),), 3), r"0\.\.2"),
         (lambda: MaskTable(((0,),), 0), "total"),

@@ -162,6 +162,8 @@ class MaskTable(StaticPolicy):
                 raise ValueError(f"computed steps must lie in 0..{self.total - 1}")
         if self.sigmas and len(self.sigmas) != self.total:
             raise ValueError(f"sigmas has {len(self.sigmas)} values for {self.total} steps")
+        if any(b > a for a, b in zip(self.sigmas, self.sigmas[1:], strict=False)):
+            raise ValueError("sigmas must not rise: they are the noise levels of a run, in order")
 
     def mask(self, steps: Sequence[Step], units: int) -> Mask:
         """The table, carried over to `steps` if their number differs."""
