@@ -48,6 +48,10 @@ def command(
     from blockcache.tuning.tune import tune
 
     check_folder(out.parent)
+    if out.is_dir():
+        raise BlockCacheError(f"{out} is a folder; give the plan's file")
+    if work is not None:
+        check_folder(work)
     if psnr is ssim is lpips is speedup is None:
         raise BlockCacheError("give a goal: --psnr, --ssim, --lpips or --speedup")
     pipe, prompts, call = loaded(common)

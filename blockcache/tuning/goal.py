@@ -15,6 +15,8 @@ Measure: TypeAlias = Callable[[Picture, Picture], float]
 """Picture and uncached picture to a figure; the larger, the nearer."""
 
 _LIMITS = {"psnr": (5.0, 90.0), "ssim": (0.0, 0.9999), "lpips": (0.0005, 1.0)}
+OWN = "metric"
+"""What a figure of the user's own is called."""
 _AT_ONCE = 2 / 3
 """Of the error that is left, what one look may take."""
 _LEAST_SPEEDUP, _MOST_SPEEDUP = 1.05, 50.0
@@ -128,7 +130,7 @@ def goal_from(
         measure, target = metric
         if not math.isfinite(target):
             raise BlockCacheError(f"the metric's target must be a number, found {target}")
-        return Goal("metric", float(target), measure, share=share)
+        return Goal(OWN, float(target), measure, share=share)
     if psnr is not None:
         _check(psnr, *_LIMITS["psnr"], "psnr", "in dB; only identical pictures are beyond")
         return Goal("psnr_db", float(psnr), quality.psnr, share=share)

@@ -6,7 +6,6 @@ server, no network: the page opens offline. Needs matplotlib; jinja2 comes with 
 
 import base64
 import io
-import json
 import statistics
 import textwrap
 from collections.abc import Callable, Sequence
@@ -23,6 +22,7 @@ from blockcache.plan import Plan
 from blockcache.plan.trace import Floats, SiteTrace, Trace
 from blockcache.tuning import quality
 from blockcache.tuning.comparison import Picture
+from blockcache.tuning.scoring import rows_of
 from blockcache.tuning.stage import Item, Render, Stage, items_of
 from blockcache.tuning.trace import trace_items
 
@@ -105,7 +105,10 @@ def report(
     _pyplot()
     items = items_of(prompts, seeds)[:_MOST_PAIRS]
     stage = Stage(pipe, call_kwargs, "report")
-    found = _find(stage, plan, items, None if work is None else Path(work), on_progress)
+    runs = None if work is None else Path(work) / "runs.jsonl"
+    if runs is not None and not runs.is_file():
+        raise BlockCacheError(f"no tuning in {work}: {runs.name} is missing")
+    found = _find(stage, plan, items, runs, on_progress)
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
     drawn = {name: _png(draw(found)) for name, draw in _FIGURES.items()}
@@ -123,7 +126,7 @@ def _find(
     stage: Stage,
     plan: Plan,
     items: Sequence[Item],
-    work: Path | None,
+    runs: Path | None,
     on_progress: Callable[[int, int], None] | None,
 ) -> Findings:
     with api.enabled(stage.pipe, plan):
@@ -142,7 +145,7 @@ def _find(
             summary = api.summary(stage.pipe).as_dict()
         report_done(2 * i + 3, total)
         pairs.append(_pair(item, plain, cached))
-    tried = () if work is None else _candidates(work / "runs.jsonl", traced)
+    tried = () if runs is None else _candidates(runs, traced)
     return Findings(plan, traced, tuple(pairs), summary, tried)
 
 
@@ -166,11 +169,8 @@ def _pair(item: Item, plain: Render, cached: Render) -> Pair:
 
 def _candidates(file: Path, traced: Trace) -> tuple[tuple[str, float, float], ...]:
     """The masks a tuning tried on all its items, with their speed by the milliseconds measured."""
-    if not file.is_file():
-        raise BlockCacheError(f"no tuning in {file.parent}: {file.name} is missing")
     tried: dict[str, list[dict[str, Any]]] = {}
-    for line in file.read_text(encoding="utf-8").splitlines():
-        row = json.loads(line)
+    for row in rows_of(file):
         if row.get("what") == "latents":
             tried.setdefault(row["mask"], []).append(row)
     most = max((len(rows) for rows in tried.values()), default=0)

@@ -11,7 +11,7 @@ import math
 import statistics
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,7 +24,7 @@ from blockcache.errors import BlockCacheError
 from blockcache.plan import Recipe
 from blockcache.plan.spec import to_json
 from blockcache.tuning.comparison import Picture
-from blockcache.tuning.goal import Goal
+from blockcache.tuning.goal import OWN, Goal
 from blockcache.tuning.stage import Item, Render, Stage, early_of, final_of
 
 _CAP_DB = 120.0
@@ -42,11 +42,12 @@ class Exhausted(Exception):
 class Ledger:
     """What the search has cost, and what it may.
 
-    most_runs: limit in uncached runs. deadline: on `time.monotonic`. note: called after every run.
-    runs: cost so far, in uncached runs.
+    most_runs: limit in uncached runs. reserved: of these, what is kept for later. deadline: on
+    `time.monotonic`. note: called after every run. runs: cost so far, in uncached runs.
     """
 
     most_runs: float = float("inf")
+    reserved: float = 0.0
     deadline: float = float("inf")
     note: Callable[["Ledger"], None] = field(default=lambda ledger: None)
     runs: float = 0.0
@@ -74,8 +75,9 @@ class Ledger:
         Raises:
             Exhausted: they would.
         """
-        if self.runs + more_runs > self.most_runs:
-            raise Exhausted(f"the limit of {self.most_runs:.0f} runs is reached")
+        if self.runs + more_runs > self.most_runs - self.reserved:
+            kept = f", {self.reserved:.0f} of them kept for later" if self.reserved >= 1 else ""
+            raise Exhausted(f"the limit of {self.most_runs:.0f} runs is reached{kept}")
         if time.monotonic() > self.deadline:
             raise Exhausted("the time limit is reached")
 
@@ -117,9 +119,11 @@ class Memory:
         self._file = file
         self._known: dict[str, dict[str, Any]] = {}
         if file is not None and file.exists():
-            for line in file.read_text(encoding="utf-8").splitlines():
-                row = _row(line)
+            for row in rows_of(file):
                 self._known[row.pop("key")] = row
+            if not file.read_bytes().endswith(b"\n"):
+                with file.open("a") as end:
+                    end.write("\n")
 
     def find(self, recipe: Recipe, item: Item, what: str) -> dict[str, Any] | None:
         """The figures of an earlier run."""
@@ -129,19 +133,21 @@ class Memory:
         """Remember figures."""
         key = _key(recipe, item, what)
         self._known[key] = row
-        if self._file is not None:
+        # A figure of the user's own may be another one in the next process.
+        if self._file is not None and what != OWN:
+            about = {"key": key, "recipe": recipe.name, "mask": _mask(recipe), "item": item}
             with self._file.open("a", encoding="utf-8") as file:
-                about = {"key": key, "recipe": recipe.name, "mask": _mask(recipe), "item": item}
                 file.write(json.dumps({**about, "what": what, **row}) + "\n")
 
 
-def _row(line: str) -> dict[str, Any]:
-    try:
-        row = json.loads(line)
-        return {"key": str(row["key"]), **row}
-    except (ValueError, KeyError, TypeError) as error:
-        # The last line of a search that was killed while writing.
-        return {"key": "", "error": str(error)}
+def rows_of(file: Path) -> Iterator[dict[str, Any]]:
+    """What was measured; a search that was killed while writing may leave half a line."""
+    for line in file.read_bytes().splitlines():
+        try:
+            row = json.loads(line)
+            yield {**row, "key": str(row["key"])}
+        except (ValueError, KeyError, TypeError):
+            continue
 
 
 def _mask(recipe: Recipe) -> str:

@@ -59,6 +59,11 @@ _LAST_CLIMB = 20
 """Before a budget is given up."""
 _LAST = {"full": 4.0, "quick": 1.0}
 """Of the reserved, what the timing and the rivals need."""
+_PER_CHECKED = 1.5
+"""Runs for each picture of the check: the uncached one, and plans until one holds."""
+_LEAST_PROMPTS = 4
+"""Of fewer prompts a pass is cheap, and the search needs its runs all the same."""
+_LEAST_SEARCH = 2.0
 _LEAST_SLOWER = 2
 """Steps more after a check that failed, twice as many after the next: looks are few."""
 _MOST_CHECKS = 5
@@ -152,6 +157,7 @@ def tune(
     only_denoiser(pipe)
     least = least_pictures(share, confidence)
     calibration, check = split(items_of(prompts, seeds), least, _CHECKED[effort])
+    check_is_possible(effort, len(calibration), len(check), share, confidence)
     tuner = _Tuner(stage, goal, confidence, effort, calibration, check, sub_layers, on_progress)
     tuner.limit(max_runs, minutes)
     return tuner.run(None if work is None else Path(work), rivals)
@@ -180,11 +186,11 @@ def split(
 ) -> tuple[list[Item], list[Item]]:
     """Calibration items, and `per_calibration` times as many, or `least`, for the check.
 
-    No seed is used twice.
-    Where there are too few prompts for that, the check repeats prompts with other seeds.
+    No picture is used twice. Where there are too few prompts for that, the check repeats prompts
+    with other seeds.
     """
     count = min(CALIBRATION, max(1, (len(items) + 1) // 3))
-    calibration, rest = list(items[:count]), list(items[count:])
+    calibration, rest = list(items[:count]), list(dict.fromkeys(items[count:]))
     repeated = {p for p, _ in rest} & {p for p, _ in calibration}
     if repeated:
         logger.warning(
@@ -201,7 +207,38 @@ def split(
     while len(check) < wanted:
         check.append((rest[len(check) % len(rest)][0], free))
         free += 1
+    prompts = {prompt for prompt, _ in check}
+    if len(prompts) < len(check) and not repeated and rest is not calibration:
+        logger.warning(
+            "%d pictures are checked with %d prompts: give more prompts for a promise that goes "
+            "further than these",
+            len(check),
+            len(prompts),
+        )
     return calibration, check
+
+
+def check_is_possible(
+    effort: Effort, calibrated: int, checked: int, share: float, confidence: float
+) -> None:
+    """Refuse what cannot be answered within the cost promised.
+
+    Raises:
+        BlockCacheError: the check needs so many pictures that nothing is left to search with.
+    """
+    prompts = max(calibrated, _LEAST_PROMPTS)
+    most = _PASSES[effort] * prompts
+    if reserved_runs(effort, prompts, checked) > most - _LEAST_SEARCH * prompts:
+        raise BlockCacheError(
+            f"a share of {share:g} at confidence {confidence:g} needs {checked} pictures to check, "
+            f"too many for the {most:.0f} runs that effort {effort!r} is for; lower one of the two"
+            + (", or give effort 'full'" if effort == "quick" else "")
+        )
+
+
+def reserved_runs(effort: Effort, prompts: int, checked: int) -> float:
+    """Uncached runs that are kept for check, timing and rivals."""
+    return max(_RESERVED[effort] * prompts, _PER_CHECKED * checked + _LAST[effort] * prompts)
 
 
 @dataclass
@@ -237,9 +274,8 @@ class _Tuner:
         self._report = on_progress
         self._started = time.monotonic()
         self.ledger = Ledger(note=self._progress)
-        # Of few prompts a pass is cheap, and the search needs its runs all the same.
-        self._prompts = max(len(calibration), CALIBRATION // 2)
-        self._reserved = _RESERVED[effort] * self._prompts
+        self._prompts = max(len(calibration), _LEAST_PROMPTS)
+        self._reserved = reserved_runs(effort, self._prompts, len(check))
 
     def limit(self, max_runs: float | None, minutes: float | None) -> None:
         """Set the limits."""
@@ -265,7 +301,8 @@ class _Tuner:
         except KeyboardInterrupt:
             if self.best.found is None:
                 raise
-            self.best.why = "interrupted before it could be checked"
+            doubt = f"{self.best.why}; " if self.best.figures else ""
+            self.best.why = f"{doubt}interrupted before it could be checked"
         except Exhausted as limit:
             if self.best.found is None:
                 raise BlockCacheError(f"{limit} before anything was found; allow more") from None
@@ -327,8 +364,7 @@ class _Tuner:
     # ---- search --------------------------------------------------------------------------------
 
     def _search_and_check(self) -> None:
-        reserved = min(self._reserved, self.ledger.most_runs / 2)
-        self.ledger.most_runs -= reserved
+        self.ledger.reserved = min(self._reserved, self.ledger.most_runs / 2)
         ladder: list[Found] = []
         try:
             ladder = self._ladder() if self.goal.speedup is None else [self._fastest()]
@@ -336,7 +372,7 @@ class _Tuner:
             if self.best.found is None:
                 raise
             ladder = [self.best.found]
-        self.ledger.most_runs += reserved
+        self.ledger.reserved = 0.0
         self._check(ladder)
 
     def _ladder(self) -> list[Found]:
@@ -556,7 +592,8 @@ class _Tuner:
         computed = found.computed
         for _ in range(min(more, self.screen.total - 1 - len(computed))):
             computed = self.search.longer(computed)
-        return self._to_check("lengthened", computed, 0)
+        # As it is, for looks are few and must not be spent on a search; `_hasten` comes after.
+        return Found("lengthened", computed, (), found.shape)
 
     def _hasten(self, found: Found, bar: int) -> None:
         """A step less, for as long as that holds, too.
@@ -564,13 +601,16 @@ class _Tuner:
         Nothing is risked by going on from what holds: tests in a fixed order, the next only after a
         success, have together the error of one (Maurer, Hothorn and Lehmacher, 1995).
         """
-        kept = min(_LAST[self.effort] * self._prompts, self.ledger.most_runs / 4)
-        self.ledger.most_runs -= kept
+        self.ledger.reserved = min(_LAST[self.effort] * self._prompts, self.ledger.most_runs / 4)
         try:
             while len(found.computed) > _LEAST_BUDGET:
                 self.search.use(found)
                 shorter = self.search.shorter(found.computed)
-                found = self._to_check("shortened", shorter, _NEXT_CLIMB[self.effort])
+                if self.effort == "quick":
+                    found = Found("shortened", shorter, (), found.shape)
+                else:
+                    masks = (("shortened", shorter),)
+                    found = self._refine(len(shorter), masks, _NEXT_CLIMB[self.effort])
                 recipe = self._recipe_of(found)
                 if not self.scorer.reach(recipe, self.check, self.goal, bar):
                     return
@@ -579,13 +619,7 @@ class _Tuner:
         except Exhausted:
             return
         finally:
-            self.ledger.most_runs += kept
-
-    def _to_check(self, origin: str, computed: Mask, climb: int) -> Found:
-        """The best that can be had with as many steps; with little effort, this very mask."""
-        if self.effort == "quick":
-            return Found(origin, computed, (), self.search.shape)
-        return self._refine(len(computed), ((origin, computed),), climb)
+            self.ledger.reserved = 0.0
 
     # ---- the answer ----------------------------------------------------------------------------
 
@@ -613,7 +647,7 @@ class _Tuner:
             **({"speedup": speed} if math.isfinite(speed) else {}),
             "calibrated": float(len(self.calibration)),
             "determinism_floor_db": self.floor_db,
-            "passes": self.ledger.runs / len(self.calibration),
+            "passes": self.ledger.runs / self._prompts,
             "minutes": (time.monotonic() - self._started) / 60,
         }
         how = (

@@ -85,22 +85,29 @@ def test_the_estimate_is_the_teacher_forced_error(flux):
 
 def test_candidates_of_a_tuning_are_drawn(flux, tmp_path):
     rows = [
-        {"mask": m, "what": "latents", "recipe": f"tuned {m}", "db": db, "seconds": s}
+        {"key": m, "mask": m, "what": "latents", "recipe": f"tuned {m}", "db": db, "seconds": s}
         for m, db, s in (("a", 30.0, 0.1), ("a", 40.0, 0.3), ("b", 20.0, 0.1))
     ]
     import json
 
     file = tmp_path / "runs.jsonl"
-    file.write_text("\n".join(map(json.dumps, rows)))
+    lines = "\n".join(map(json.dumps, rows))
+    file.write_bytes(lines.encode() + b"\n\xff\xfe torn by a power cut")
     traced = report._find(
-        Stage(flux.pipe, call_of(flux)), plan_of(flux), [(PROMPTS[0], 0)], tmp_path, None
+        Stage(flux.pipe, call_of(flux)), plan_of(flux), [(PROMPTS[0], 0)], file, None
     )
     ((label, speed, decibels),) = traced.candidates
     assert label == "tuned a" and decibels == 35
     run_s = traced.trace.milliseconds["run"] / 1e3
     assert speed == pytest.approx(run_s / statistics.median([0.1, 0.3]))
+
+
+def test_a_folder_without_a_tuning_is_said_before_anything_is_run(flux, tmp_path, monkeypatch):
+    monkeypatch.setattr(Stage, "full", None)
+    monkeypatch.setattr(Stage, "latents", None)
     with pytest.raises(BlockCacheError, match="runs.jsonl is missing"):
-        report._candidates(tmp_path / "nowhere" / "runs.jsonl", traced.trace)
+        out = tmp_path / "out"
+        report.report(flux.pipe, plan_of(flux), PROMPTS, out=out, work=tmp_path, **call_of(flux))
 
 
 def test_a_plan_for_another_model_is_refused(flux, build_tiny, tmp_path):

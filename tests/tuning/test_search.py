@@ -1,7 +1,7 @@
-import numpy as np
 import pytest
 
 from blockcache.plan import MaskTable, Recipe, Rule, Site
+from blockcache.tuning.goal import OWN
 from blockcache.tuning.scoring import Distance, Exhausted, Ledger, Memory, score
 from blockcache.tuning.search import Search
 
@@ -120,4 +120,17 @@ def test_memory_survives_a_search_that_was_killed_while_writing(tmp_path):
     assert again.find(recipes[1], ("a", 0), "latents")["db"] == 1.0
     assert again.find(recipes[1], ("a", 1), "latents") is None
     assert again.find(recipes[1], ("a", 0), "psnr_db") is None
-    assert np.isfinite(again.find(recipes[0], ("a", 0), "latents")["db"])
+    again.keep(recipes[1], ("a", 1), "latents", {"db": 2.0})
+    assert Memory(file).find(recipes[1], ("a", 1), "latents")["db"] == 2.0
+
+
+def test_figures_of_ones_own_are_not_remembered_beyond_the_process(tmp_path):
+    """The next one's function may be another."""
+    recipe = Recipe((Rule(Site(), MaskTable(((0, 1),), 5)),))
+    memory = Memory(tmp_path / "runs.jsonl")
+    memory.keep(recipe, ("a", 0), OWN, {"figure": 1.0})
+    memory.keep(recipe, ("a", 0), "psnr_db", {"figure": 2.0})
+    assert memory.find(recipe, ("a", 0), OWN)["figure"] == 1.0
+    again = Memory(tmp_path / "runs.jsonl")
+    assert again.find(recipe, ("a", 0), OWN) is None
+    assert again.find(recipe, ("a", 0), "psnr_db")["figure"] == 2.0

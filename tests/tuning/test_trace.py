@@ -1,3 +1,5 @@
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -170,7 +172,17 @@ def test_bad_arguments_are_refused(flux):
         trace(flux.pipe, [], **call_of(flux))
     with pytest.raises(BlockCacheError, match="trace.. sets generator"):
         trace(flux.pipe, PROMPTS, generator=None, **call_of(flux))
-    flux.pipe.transformer_2 = build = flux.pipe.transformer
+    flux.pipe.transformer_2 = copy.deepcopy(flux.denoiser)
     with pytest.raises(UnsupportedModelError, match="2 denoisers"):
         trace(flux.pipe, PROMPTS, **call_of(flux))
-    assert build is flux.denoiser
+
+
+def test_a_folder_of_other_weights_is_refused(flux, tmp_path):
+    """Class and config are the same; figures found with one are not those of the other."""
+    trace(flux.pipe, PROMPTS, out=tmp_path, **call_of(flux))
+    trace(flux.pipe, PROMPTS, out=tmp_path, **call_of(flux))
+    with torch.no_grad():
+        for weight in flux.denoiser.parameters():
+            weight.mul_(1.3)
+    with pytest.raises(PlanMismatchError, match=r"other runs \(other weights or inputs\)"):
+        trace(flux.pipe, PROMPTS, out=tmp_path, **call_of(flux))

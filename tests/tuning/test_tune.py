@@ -1,5 +1,6 @@
 import logging
 import math
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,7 +16,14 @@ from blockcache.tuning.compare import Arm
 from blockcache.tuning.goal import Goal
 from blockcache.tuning.scoring import Exhausted, Ledger
 from blockcache.tuning.search import Found, Search
-from blockcache.tuning.tune import _PASSES, _Tuner, split, tune
+from blockcache.tuning.tune import (
+    _PASSES,
+    _TIMED_RUNS,
+    _Tuner,
+    check_is_possible,
+    split,
+    tune,
+)
 
 PROMPTS = [f"a {colour} robot in the {place}" for colour in ("red", "blue") for place in "abc"]
 
@@ -144,10 +152,19 @@ def test_an_interrupted_tuning_goes_on_where_it_was(flux, tmp_path):
     assert (tmp_path / "runs.jsonl").read_text().splitlines() == after
 
 
-def test_a_limit_on_runs_is_kept(flux):
-    plan = tune(flux.pipe, PROMPTS, psnr=60, max_runs=60, **call_of(flux))
-    # One run may be under way when the limit is seen, and timing the answer is not given up.
-    assert plan.reached["passes"] * plan.reached["calibrated"] < 75
+def test_a_limit_on_runs_is_kept(flux, monkeypatch):
+    def charge(ledger, seconds, is_uncached=False):
+        """Each run counts as one, however long it took."""
+        if is_uncached:
+            ledger.learn(seconds)
+        ledger.runs += 1
+        ledger.note(ledger)
+
+    monkeypatch.setattr(Ledger, "charge", charge)
+    seen = []
+    tune(flux.pipe, PROMPTS, psnr=60, max_runs=20, on_progress=seen.append, **call_of(flux))
+    # The first one beyond is seen before the next, and timing the answer is not given up.
+    assert 20 < seen[-1].runs <= 20 + 1 + 2 * _TIMED_RUNS
     with pytest.raises(BlockCacheError, match="before anything was found; allow more"):
         tune(flux.pipe, PROMPTS, psnr=60, max_runs=1, **call_of(flux))
 
@@ -185,7 +202,7 @@ def test_from_a_plan_that_holds_the_check_goes_on_to_faster_ones(first, holds, a
     assert set(looked_at) == set(holds)
     assert tuner.best.is_met and len(tuner.best.found.computed) == answer
     assert sum(map(tuner.goal.reaches, tuner.best.figures)) == holds[answer] >= 12
-    assert tuner.ledger.most_runs == 100
+    assert tuner.ledger.reserved == 0
 
 
 def test_rivals_that_do_as_well_are_named(flux, monkeypatch):
@@ -281,3 +298,26 @@ def test_repeated_prompts_and_one_prompt_are_said(caplog):
         calibration, check = split(items("only"), least=2)
     assert "one prompt only" in caplog.text
     assert calibration == [("only", 0)] and check == [("only", 1), ("only", 2)]
+
+
+def test_one_picture_is_not_counted_six_times(caplog):
+    with caplog.at_level(logging.WARNING, "blockcache"):
+        _, check = split([("a", 0), ("b", 0), ("c", 0), *[("d", 0)] * 6], 6)
+    assert len(set(check)) == len(check) == 6 and ("d", 0) in check
+    assert "6 pictures are checked with 1 prompts" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("asked", "is_possible"),
+    [
+        (("quick", 8, 12, 0.5, 0.9), True),
+        (("quick", 8, 37, 0.9, 0.9), False),
+        (("full", 8, 37, 0.9, 0.9), True),
+        (("full", 8, 379, 0.99, 0.9), False),
+    ],
+)
+def test_what_no_check_can_show_for_the_cost_is_refused(asked, is_possible, monkeypatch):
+    monkeypatch.setitem(_PASSES, "quick", 7.5)
+    expected = nullcontext() if is_possible else pytest.raises(BlockCacheError, match="to check")
+    with expected:
+        check_is_possible(*asked)
