@@ -146,6 +146,7 @@ class Run:
             yield from self._work(book)
             with book.leaving() as is_last:
                 if is_last:
+                    self._tidy()
                     self.report = Report.make(self.folder, self.survey, book.count())
         except files.StorageError:
             raise
@@ -157,14 +158,18 @@ class Run:
             logger.removeFilter(once)
 
     def _initialise(self) -> bytes:
-        """Nobody else is here: tidy up after those who were killed, and find what is done."""
-        for partial in self.folder.glob("*/.*.partial.*"):
-            partial.unlink()
+        """Nobody else is here: tidy up, and find what is done."""
+        self._tidy()
         (self.folder / _CONFIG).write_text(self.config.as_yaml(), encoding="utf-8")
         standing = self.standing()
         if standing.replaced:
             logger.warning(REPLACED.format(standing.replaced))
         return standing.status
+
+    def _tidy(self) -> None:
+        """Remove what those who were killed left half written; nobody else may be at work."""
+        for partial in self.folder.glob("*/.*.partial.*"):
+            partial.unlink(missing_ok=True)
 
     def _work(self, book: Claims) -> Iterator[Result]:
         self.counts = book.count()

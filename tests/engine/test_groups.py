@@ -6,7 +6,6 @@ hands back JSON for the tests to look at.
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -16,17 +15,20 @@ import pytest
 TESTS = Path(__file__).resolve().parents[1]
 
 WORKER = """
-import json, logging, os
+import json, logging, sys
 from datetime import timedelta
 import torch, torch.distributed as dist
 torch.set_num_threads(1)
-dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+rank, meeting = int(sys.argv[1]), sys.argv[2]
+patience = timedelta(seconds=60)
+dist.init_process_group(
+    "gloo", init_method=f"file://{meeting}", rank=rank, world_size=2, timeout=patience
+)
 import blockcache
 from blockcache import Recipe, Rule, Site
 from blockcache.plan import *
 from toys import Denoiser, Scheduler, branches
 logging.disable(logging.WARNING)
-rank = dist.get_rank()
 results = {}
 
 def drive(recipe, rows, group=None, steps=8):
@@ -127,17 +129,14 @@ dist.destroy_process_group()
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     """What both processes found, rank 0's first."""
-    script = tmp_path_factory.mktemp("groups") / "worker.py"
+    folder = tmp_path_factory.mktemp("groups")
+    script, meeting = folder / "worker.py", folder / "meeting"
     script.write_text(WORKER + SPLIT + REPLICAS + ALONE + CONTEXT_PARALLEL + END)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
-    shared["PYTHONPATH"] = os.pathsep.join([str(TESTS.parent), str(TESTS)])
+    paths = os.pathsep.join([str(TESTS.parent), str(TESTS)])
     workers = [
         subprocess.Popen(
-            [sys.executable, str(script)],
-            env={**os.environ, **shared, "RANK": str(rank)},
+            [sys.executable, str(script), str(rank), str(meeting)],
+            env={**os.environ, "PYTHONPATH": paths},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
