@@ -566,7 +566,7 @@ class _Tuner:
 
     def _check(self, ladder: Sequence[Found]) -> None:
         self.doing = "checking on other prompts"
-        waiting, least = list(ladder), _LEAST_SLOWER
+        waiting, least, added = list(ladder), _LEAST_SLOWER, 0
         bars = self.goal.bars(len(self.check), self.confidence)
         for attempt, bar in zip(range(_MOST_CHECKS), bars, strict=False):
             found = waiting.pop(0)
@@ -577,13 +577,14 @@ class _Tuner:
                 return
             if sum(map(self.goal.reaches, figures)) >= bar:
                 self.best.is_met = True
-                self._hasten(found, bar)
+                self._hasten(found, bar, added)
                 return
             self.best.why = "the goal does not hold on other prompts"
             if attempt + 1 < _MOST_CHECKS and not waiting:
                 is_in_db = self.goal.name == "psnr_db"
                 short = self.goal.shortfall(figures, bar) if is_in_db else 0.0
                 waiting.append(self._slower(found, max(least, round(short / 2))))
+                added = len(waiting[0].computed) - len(found.computed)
                 least *= 2
 
     def _slower(self, found: Found, more: int) -> Found:
@@ -595,8 +596,8 @@ class _Tuner:
         # As it is, for looks are few and must not be spent on a search; `_hasten` comes after.
         return Found("lengthened", computed, (), found.shape)
 
-    def _hasten(self, found: Found, bar: int) -> None:
-        """A step less, for as long as that holds, too.
+    def _hasten(self, found: Found, bar: int, added: int) -> None:
+        """Fewer steps, for as long as that holds, too; half of the last `added`, and half of that.
 
         Nothing is risked by going on from what holds: tests in a fixed order, the next only after a
         success, have together the error of one (Maurer, Hothorn and Lehmacher, 1995).
@@ -605,8 +606,11 @@ class _Tuner:
         try:
             while len(found.computed) > _LEAST_BUDGET:
                 self.search.use(found)
-                shorter = self.search.shorter(found.computed)
-                if self.effort == "quick":
+                added = max(1, added // 2)
+                shorter = found.computed
+                for _ in range(min(added, len(shorter) - _LEAST_BUDGET)):
+                    shorter = self.search.shorter(shorter)
+                if self.effort == "quick" or added > 1:
                     found = Found("shortened", shorter, (), found.shape)
                 else:
                     masks = (("shortened", shorter),)

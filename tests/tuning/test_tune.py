@@ -175,8 +175,9 @@ def test_a_limit_on_runs_is_kept(flux, monkeypatch):
         (8, {8: 15, 7: 13, 6: 11}, 7),
         (8, {8: 12, 7: 11}, 8),
         (4, {4: 12, 3: 12}, 3),
-        # Up by two, for looks are few; down by one, which costs nothing.
+        # Up by two, by four, for looks are few; down by half of that, which costs nothing.
         (6, {6: 3, 8: 14, 7: 12}, 7),
+        (6, {6: 3, 8: 4, 12: 16, 10: 13, 9: 12}, 10),
     ],
 )
 def test_from_a_plan_that_holds_the_check_goes_on_to_faster_ones(first, holds, answer):
