@@ -329,9 +329,7 @@ class Runner:
                 run.branches[-1].arrangement = signals.arrangement_of(self.denoiser, named)
         branch = run.branches[number]
         if run.names.is_exchanged:
-            branch.drop()
-            if run.sparse is not None:
-                run.sparse.drop(number)
+            self._forget(run, number)
         branch.form, branch.step = form, step.index
         latents = signals.latents_of(named, self._names) if self._keeps_latents else None
         branch.latents = latents
@@ -348,14 +346,17 @@ class Runner:
         return Branch(self.recipe, self.blocks, stats)
 
     @staticmethod
-    def _retire(run: Run, form: Any, step: Step) -> None:
+    def _forget(run: Run, number: int) -> None:
+        run.branches[number].drop()
+        if run.sparse is not None:
+            run.sparse.drop(number)
+
+    def _retire(self, run: Run, form: Any, step: Step) -> None:
         """Another size is another stage: branches of the old size will not be called again."""
         for number, branch in enumerate(run.branches):
             is_current = branch.step == step.index
             if not is_current and signals.sizes(branch.form) != signals.sizes(form):
-                branch.drop()
-                if run.sparse is not None:
-                    run.sparse.drop(number)
+                self._forget(run, number)
 
     # ---- deciding ------------------------------------------------------------------------------
 

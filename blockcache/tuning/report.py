@@ -22,7 +22,7 @@ from blockcache.plan import Plan
 from blockcache.plan.trace import Floats, SiteTrace, Trace
 from blockcache.tuning import quality
 from blockcache.tuning.comparison import Picture
-from blockcache.tuning.scoring import rows_of
+from blockcache.tuning.scoring import RUNS, rows_of
 from blockcache.tuning.stage import Item, Render, Stage, items_of
 from blockcache.tuning.trace import trace_items
 
@@ -105,7 +105,7 @@ def report(
     _pyplot()
     items = items_of(prompts, seeds)[:_MOST_PAIRS]
     stage = Stage(pipe, call_kwargs, "report")
-    runs = None if work is None else Path(work) / "runs.jsonl"
+    runs = None if work is None else Path(work) / RUNS
     if runs is not None and not runs.is_file():
         raise BlockCacheError(f"no tuning in {work}: {runs.name} is missing")
     found = _find(stage, plan, items, runs, on_progress)

@@ -27,6 +27,8 @@ from blockcache.tuning.comparison import Picture
 from blockcache.tuning.goal import OWN, Goal
 from blockcache.tuning.stage import Item, Render, Stage, early_of, final_of
 
+RUNS = "runs.jsonl"
+"""In a tuning's folder: what was measured."""
 _CAP_DB = 120.0
 _CLEAR_DB = 0.5
 """A candidate this much behind over half of the prompts is not run on the others."""

@@ -32,7 +32,7 @@ from blockcache.tuning import quality
 from blockcache.tuning.answer import Raced, asked_and_found, race, words_for, words_on_rivals
 from blockcache.tuning.compare import Rivals, trial_of
 from blockcache.tuning.goal import Goal, Measure, goal_from, least_pictures
-from blockcache.tuning.scoring import Exhausted, Ledger, Memory, Scorer
+from blockcache.tuning.scoring import RUNS, Exhausted, Ledger, Memory, Scorer
 from blockcache.tuning.screening import Screen
 from blockcache.tuning.search import Found, Search
 from blockcache.tuning.shapes import AXES, Axis, Shape
@@ -315,7 +315,7 @@ class _Tuner:
     # ---- trace and screen ----------------------------------------------------------------------
 
     def _prepare(self, work: Path | None) -> None:
-        memory = Memory(None if work is None else work / "runs.jsonl")
+        memory = Memory(None if work is None else work / RUNS)
         self.scorer = Scorer(self.stage, self.ledger, memory)
         started = time.perf_counter()
         self.trace = trace_items(

@@ -326,18 +326,20 @@ def test_latent_gate_guards():
     }
 
 
+class Lists(nn.Module):
+    """Takes a list of pictures, and puts one out."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = Denoiser()
+        self.blocks = self.inner.blocks
+
+    def forward(self, x, t):
+        return (list(self.inner(torch.stack(x)).unbind()),)
+
+
 def test_a_list_of_pictures():
     """Models of packed sizes take and give lists: all of them are looked at."""
-
-    class Lists(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.inner = Denoiser()
-            self.blocks = self.inner.blocks
-
-        def forward(self, x, t):
-            return list(self.inner(torch.stack(x)).unbind())
-
     model = Lists()
     scheduler = Scheduler(4)
     blockcache.enable(model, Recipe((latent(0.2),)), scheduler=scheduler)
@@ -345,7 +347,7 @@ def test_a_list_of_pictures():
         for i in range(4):
             scheduler.step_index = i
             x = [torch.full((1, 1), 1000.0 + i), torch.full((1, 1), 1.0 + i)]
-            first, second = model(x, scheduler.timesteps[i])
+            ((first, second),) = model(x, scheduler.timesteps[i])
             assert (first.item(), second.item()) == (plain(1000 + i), plain(1 + i))
     assert pattern(model) == "1111"
 
@@ -353,15 +355,6 @@ def test_a_list_of_pictures():
 @pytest.mark.parametrize("payload", ["residual", "output"])
 def test_a_picture_in_a_list_alone_and_beside_another(payload):
     """A residual was kept of a list of one, and the output of a list of two."""
-
-    class Lists(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.inner = Denoiser()
-            self.blocks = self.inner.blocks
-
-        def forward(self, x, t):
-            return (list(self.inner(torch.stack(x)).unbind()),)
 
     def first_of(pictures):
         model = Lists()
